@@ -101,6 +101,10 @@ class UnsafeFile(CacheError):
     """A file that refers outside its store or holds what no file of ours holds."""
 
 
+class ViewReplaced(CacheError):
+    """A view that is open here was written again with other images or bytes, and the shards it had are gone."""
+
+
 class InUse(CacheError):
     """A store that another process works in."""
 

@@ -16,7 +16,7 @@ import numpy as np
 
 from featurecache import outputs as _outputs
 from featurecache.arithmetic import exact_arithmetic
-from featurecache.errors import CacheError, NotInCache, UnsafeFile
+from featurecache.errors import CacheError, NotInCache, UnsafeFile, ViewReplaced
 from featurecache.files.atomic import refuse_links
 from featurecache.files.delimited import data_frame
 from featurecache.files.directory import ALIGNMENT, USER_BLOCK
@@ -87,8 +87,8 @@ class View(ViewContent):
 
     def _follow(self, opening: bool = False) -> bool:
         """Rows may be moved to other shards, and the view be written on those, while it is read here (compact, gc,
-        repair): take over where they lie now. False where nothing has changed, or, unless ``opening``, where other
-        images or other bytes have come."""
+        repair): take over where they lie now. False where nothing has changed. Raises ViewReplaced, unless ``opening``,
+        where other images or other bytes have come."""
         now = read_view(self.path)
         if now.fingerprint != self.fingerprint or np.array_equal(now.files, self.files):
             return False
@@ -102,7 +102,10 @@ class View(ViewContent):
         elif same:
             self.files, self.index = now.files, {name: now.index[name] for name in self.index}
         else:
-            return False
+            raise ViewReplaced(
+                f"{self.label} was written again with other images or features while it was open here, and what it had "
+                "then is gone: open it again."
+            )
         self._checked = False
         return True
 

@@ -191,5 +191,5 @@ def test_a_cluster_that_is_not_there_is_said(cluster: Any) -> None:
 
     with pytest.raises(BadOption, match=r"no node of the cluster has 64 CPU for an actor"):
         ray_actors._room({"CPU": 64.0, "GPU": 0.0})
-    assert ray_actors._room({"CPU": 1.0, "GPU": 0.0}) == 2
+    wait_until(lambda: ray_actors._room({"CPU": 1.0, "GPU": 0.0}) == 2)  # a node of another test may leave late
     assert ray.is_initialized()

@@ -13,7 +13,7 @@ from support.caches import Killed
 from support.checkpoints import save_vit
 from support.command import call
 from support.forks import Forks
-from support.object_storage import DENIED, Server, copied, killing, machine
+from support.object_storage import DENIED, Answer, Server, copied, killing, machine
 from support.pictures import image_folder
 from support.worker_nets import wait_until
 
@@ -211,9 +211,11 @@ def test_processes_that_are_killed_and_two_at_once(server, home, tmp_path, forks
     child: list[int] = []
     for kind, attribute in (("/cls/", "lost"), ("set.h5", "rule"), ("set.h5", "lost")):
 
-        def kill(method: str, key: str, kind: str = kind) -> None:
-            if method == "PUT" and kind in key:
-                os.kill(child[-1], signal.SIGKILL)
+        def kill(method: str, key: str, kind: str = kind) -> Answer | None:
+            if method != "PUT" or kind not in key:
+                return None
+            os.kill(child[-1], signal.SIGKILL)
+            return DENIED  # what has come of it is not stored
 
         setattr(server, attribute, kill)
         state = str(tmp_path / "state")

@@ -18,7 +18,7 @@ from support.fault_home import home as make_home
 from support.forks import Answer
 from support.pictures import save_picture
 
-from featurecache.errors import DamagedFile
+from featurecache.errors import ViewReplaced
 from featurecache.maintenance import verify as verification
 from featurecache.maintenance.collect import compact, remove_view
 from featurecache.store.view import View
@@ -238,7 +238,7 @@ def test_a_view_that_is_open_does_not_follow_to_other_images(tmp_path: Path) -> 
     now = add_view(make_store(tmp_path), "set", [2, 2, 2], [CLS])
     for path in set(view.files["path"].tolist()) - set(now.files["path"].tolist()):
         (view.store / path.decode()).unlink()
-    with pytest.raises(DamagedFile, match="is missing"):
+    with pytest.raises(ViewReplaced, match=r"other images or features while it was open here.*open it again"):
         view.array("cls")
 
 

@@ -18,7 +18,7 @@ import transformers
 import xxhash
 
 import featurecache
-from featurecache.errors import FeatureCacheError, NotInCache
+from featurecache.errors import FeatureCacheError, NotInCache, ViewReplaced
 from featurecache.extraction import run
 from featurecache.extraction.canary import read_canary
 from featurecache.files import atomic
@@ -127,10 +127,13 @@ def read(cache: str, one_by_one: bool = False) -> dict[str, Rows | str]:
     found: dict[str, Rows | str] = {}
     for place in stores(Path(cache)):
         for path in place.views():
-            try:
-                found[path.stem] = contents(View(path), one_by_one)
-            except FeatureCacheError as error:
-                found[path.stem] = f"{type(error).__name__}: {error}"
+            while path.stem not in found:
+                try:
+                    found[path.stem] = contents(View(path), one_by_one)
+                except ViewReplaced:  # says: open it again
+                    continue
+                except FeatureCacheError as error:
+                    found[path.stem] = f"{type(error).__name__}: {error}"
     return found
 
 
