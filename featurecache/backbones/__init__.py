@@ -89,8 +89,8 @@ def _loader(name: str) -> tuple[Callable[..., Backbone], str]:
         raise UnknownBackbone(f'--backbone "{name}" names no network behind "{prefix[1]}:"; expected {FORMS}')
     if where.startswith("python:"):
         return user_module.load, where.removeprefix("python:")
-    if re.match("hf[-_]hub:", where):  # timm's own way to write a repository of the hub
-        return timm_models.load, where
+    if where != (repo := re.sub("^(timm:)?hf[-_]hub:", "", where)):  # as timm writes a repository of the hub
+        return timm_models.load, repo
     if where.startswith("torchvision:"):
         return torchvision_models.load, where.removeprefix("torchvision:")
     path = where.removeprefix("hf:")

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, fields
@@ -114,7 +113,6 @@ def published_weights(library: str, name: str) -> dict[str, str]:
 def _files_of(library: str, where: str, request: BackboneRequest) -> tuple[str, list[Path]]:
     """A name of timm's or torchvision's, of a repository of the hub with its commit, and the files and folders that its
     network is made of."""
-    where = re.sub(r"^hf[-_]hub:", "", where)
     folder, (name, _, revision) = Path(os.path.expanduser(where)), where.partition("@")
     own = [] if request.weights_path is None else [request.weights_path]
     published = not own and not request.untrained

@@ -8,7 +8,6 @@ ones everything at one level), or ``open_clip_config.json`` of a CLIP whose imag
 from __future__ import annotations
 
 import os
-import re
 from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -74,7 +73,6 @@ class TimmModel:
 
 def find_model(where: str, request: BackboneRequest) -> TimmModel:
     """Which of timm's architectures a name means. Raises UnknownBackbone, WeightsNotFound, WeightsDoNotFit."""
-    where = re.sub(r"^hf[-_]hub:", "", where)  # as timm.create_model writes a repository of the hub
     folder, weights = Path(os.path.expanduser(where)), existing_weights(request.weights_path)
     if folder.is_dir():
         check_part_of_a_run(folder)

@@ -296,6 +296,11 @@ def own_settings(name: str, *, weights: str | None = None, adapted: bool = False
     return head_info(name).settings
 
 
+def standardization(settings: Settings) -> str:
+    """How the features of a head are scaled (none, zscore, l2): as asked, else as is usual for the head."""
+    return settings.standardize or head_info(settings.head).standardize
+
+
 def make_network(
     settings: Settings, image_size: int, classes: int, generator: torch.Generator | None = None,
     backbone: Backbone | None = None,

@@ -20,7 +20,7 @@ from featurecache.errors import BadOption
 from featurecache.files.records import canonical_json
 from featurecache.formatting import shell_words
 from heads.alignment import AlignedViews, same_images
-from heads.models.catalogue import HEADS, has_dropout, head_info, is_baseline, make_head, own_settings
+from heads.models.catalogue import HEADS, has_dropout, head_info, is_baseline, make_head, own_settings, standardization
 from heads.models.common import Input
 from heads.pixel_view import PixelView
 from heads.runs.run import hash_of, is_of_pixels, name_of, option_words, source_words, view_word
@@ -153,7 +153,7 @@ class SweepPlan:
             shared = {
                 "format": FORMAT, "fingerprint": job.view.fingerprint, "output": job.output,
                 "images": self._images[drawn], "code": code_hash(family.head),
-                "standardize": job.settings.standardize or head_info(family.head).standardize,
+                "standardize": standardization(job.settings),
             }  # fmt: skip
             by_size = {each.batch_size: each for each in settings}
             windows = {size: memory_plan(replace(job, settings=each))[1] for size, each in by_size.items()}

@@ -18,7 +18,7 @@ from featurecache.errors import BadOption, NotInCache
 from featurecache.files.records import canonical_json
 from featurecache.formatting import shell_word
 from featurecache.images.headers import crop_words
-from heads.models.catalogue import head_info, make_head, make_network, shape_of_network
+from heads.models.catalogue import head_info, make_head, make_network, shape_of_network, standardization
 from heads.models.common import Input, count_parameters, rows_at_once
 from heads.models.tokens import FixedVectorLinear
 from heads.pixel_view import PixelView
@@ -186,7 +186,7 @@ def split_line(splits: Splits) -> str:
 def _head_line(job: TrainingJob) -> str:
     settings, task, info = job.settings, job.task, head_info(job.settings.head)
     select = "loss" if settings.select == "loss" else title(settings.select, task.kind)
-    kind = settings.standardize or info.standardize
+    kind = standardization(settings)
     scaled = "" if kind == "none" else f"; {kind} by train"
     if info.solved:
         return f"{settings.head}: solved{scaled}; chosen by {select} on val"
@@ -220,9 +220,9 @@ class TrainingData:
     def __init__(self, job: TrainingJob) -> None:
         self.job = job
         self.resident, self.window = memory_plan(job)
-        kind = job.settings.standardize or head_info(job.settings.head).standardize
         train = self._load("train", None, copies=True)
-        self.train = replace(train, scale=Standardize.fit(kind, train.chunks))  # which are not scaled yet
+        scale = Standardize.fit(standardization(job.settings), train.chunks)  # which are not scaled yet
+        self.train = replace(train, scale=scale)
         self.val = self._load("val", self.train.scale)
 
     def _load(self, split: str, scale: Standardize | None, copies: bool = False) -> SplitData:

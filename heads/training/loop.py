@@ -23,7 +23,7 @@ from featurecache.errors import BadOption, ProtocolError
 from featurecache.formatting import batch_bar
 from heads.metrics.calibration import CalibratedPredictions, calibrate
 from heads.metrics.classification import evaluate, mean_auroc
-from heads.models.catalogue import head_info
+from heads.models.catalogue import standardization
 from heads.runs.folder import read_whole_tensors, write_tensors
 from heads.settings import METRICS, Settings
 from heads.task import SplitData, Task
@@ -233,10 +233,9 @@ def score_epoch(
     seconds = line.pop("seconds", 0.0)
     head.seconds += seconds
     if not (np.isfinite(logits).all() and np.isfinite(line.get("train_loss", 0.0))):
-        scaled = (settings.standardize or head_info(settings.head).standardize) == "zscore"
         head.failed = ProtocolError(
             f"the head's outputs are not finite any more in epoch {line['epoch']}. A smaller --lr than "
-            f"{settings.lr:g}{'' if scaled else ' or --standardize zscore'} helps."
+            f"{settings.lr:g}{'' if standardization(settings) == 'zscore' else ' or --standardize zscore'} helps."
         )
         return {}, False
     predictions = CalibratedPredictions(task.kind, logits, y, task.positive)
