@@ -21,6 +21,7 @@ import re
 import shlex
 import sys
 import textwrap
+import threading
 import time
 import unicodedata
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
@@ -349,12 +350,20 @@ def pair_bar(total: int, what: str, progress: bool) -> tqdm:
     return _bar(total, what, progress, "{n_fmt}/{total_fmt} pairs  eta {remaining}", unit_scale=True, delay=2)
 
 
+class _Bar(tqdm):
+    """With a lock of this process alone: tqdm's own is shared with every process forked after the first bar, and one
+    that is killed while it holds it would stop all others for good."""
+
+
+_Bar.set_lock(threading.RLock())
+
+
 def _bar(total: float, what: str, progress: bool, style: str, **options: Any) -> tqdm:
     """What a narrow terminal cuts is the end, behind the eta."""
     clear_status()
     style = "{desc} {percentage:3.0f} % {bar} " + style
     hidden = None if progress else True
-    return tqdm(total=total, desc=what, disable=hidden, leave=False, dynamic_ncols=True, bar_format=style, **options)
+    return _Bar(total=total, desc=what, disable=hidden, leave=False, dynamic_ncols=True, bar_format=style, **options)
 
 
 def cost_per_image(cost: dict[str, Any] | None) -> str:
