@@ -18,6 +18,7 @@ from heads.evaluation.comparison import compare
 from heads.evaluation.controls import measure_controls
 from heads.evaluation.families import Family, families_of, plain_names
 from heads.inference import predict_images
+from heads.memory import memory_for_features
 from heads.models.catalogue import is_baseline, own_settings
 from heads.models.common import FINETUNE
 from heads.pixel_view import PixelView, open_dataset, open_pixels
@@ -34,7 +35,7 @@ from heads.sweeps.journal import RECORD, ROWS, read_journal
 from heads.sweeps.plan import FROM_PIXELS, SweepPlan, has_option, plan_sweep
 from heads.sweeps.runner import SweepRunner, say_plan
 from heads.sweeps.search import check_installed, check_search
-from heads.task import FeatureView, Say, memory_for_features, task_of
+from heads.task import FeatureView, Say, task_of
 from heads.training import network
 from heads.training.job import describe_training, prepare_training, request_of
 from heads.training.loop import Checkpoint

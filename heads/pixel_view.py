@@ -23,8 +23,8 @@ from featurecache.errors import CannotWrite, NotInCache, ProtocolError
 from featurecache.files.records import canonical_json
 from featurecache.formatting import device_title
 from featurecache.store.schema import Layout
+from heads.memory import memory_for_features
 from heads.models.catalogue import baseline_info
-from heads.task import memory_for_features
 
 if TYPE_CHECKING:
     from featurecache.images.headers import EncodedImage

@@ -64,7 +64,8 @@ VARIED = (
     "lr", "weight_decay", "seed", "dropout", "label_smoothing", "class_weights", "optimizer", "schedule", "augment",
     "epochs", "warmup", "clip_norm",
 )  # fmt: skip
-OF_HEAD = ("epochs", "lr", "patience", "schedule")  # whose defaults a head may have of its own
+EIGEN = "adam-eigen"
+OF_HEAD = ("epochs", "lr", "patience", "optimizer", "schedule")  # whose defaults a head may have of its own
 # Numbers of which a sweep takes several, or a range.
 GRIDS = ("lr", "weight_decay", "dropout", "label_smoothing", "epochs", "batch_size", "warmup", "clip_norm")
 
@@ -107,7 +108,10 @@ class Settings:
         None, "Binary: the class that counts as positive. [default: the second]", shown="CLASS"
     )
     drop_leaks: bool = _option(False, "Leave out of train what is also in val or test, of val what is also in test.")
-    optimizer: str = _option("adam", "sgd has momentum 0.9.", values=("adam", "adamw", "sgd"))
+    optimizer: str = _option(
+        "adam", "sgd has momentum 0.9; adam-eigen is Adam in the eigenbasis of the features, for one linear layer.",
+        values=("adam", "adamw", "sgd", EIGEN),
+    )  # fmt: skip
     schedule: str = _option("constant", "Of the learning rate.", values=("constant", "linear", "cosine", "plateau"))
     warmup: float = _option(0.0, "Share of all steps in which the rate rises to --lr.", values="[0, 1)")
     clip_norm: float | None = _option(None, "Longer gradients are cut to this length.", values="(0, inf)")

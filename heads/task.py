@@ -7,10 +7,8 @@ are logits beside labels, digests and clusters, so that any measure, interval or
 
 from __future__ import annotations
 
-import contextlib
-import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -220,9 +218,12 @@ class Standardize:
     kind: str = "none"
     mean: torch.Tensor | None = None  # float32 [D]
     std: torch.Tensor | None = None  # float32 [D]
+    basis: torch.Tensor | None = None  # float32 [D, R], in which training sees them then (`heads.training.eigenbasis`)
 
     def __call__(self, x: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
-        """[B, ..., D] as stored -> float32 of the same shape; in ``out``, where that is given."""
+        """[B, ..., D] as stored -> float32 of the same shape, or in the basis; in ``out``, where that is given."""
+        if self.basis is not None:
+            return torch.matmul(replace(self, basis=None)(x), self.basis, out=out)
         x = x.float() if out is None else out.copy_(x)
         if self.kind == "zscore":
             assert self.mean is not None and self.std is not None
@@ -252,6 +253,7 @@ class Standardize:
         return cls(kind, mean.float(), std.float())
 
 
+VECTORS = 512  # at once: 1.5 MB of width 768, which a core's cache holds
 Room = Callable[[int, Sequence[int]], torch.Tensor]  # memory for so many rows of this shape
 
 
@@ -302,32 +304,38 @@ class SplitData:
         return self.scale(self.take(rows).to(self.device)), y.to(self.device)
 
     def batches(
-        self, order: Iterable[torch.Tensor], room: Room | None = None
+        self, order: Sequence[torch.Tensor], room: Room | None = None
     ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:  # fmt: skip
         """Each of ``order`` as `batch` gives it, but in memory that the next one takes; ``room`` gives other memory,
-        float32 or bfloat16."""
+        float32 or bfloat16. Vectors are small: of those in memory many batches are taken at once."""
+        if self.x is not None and self.x.ndim == 2:
+            many = max(1, VECTORS // max(map(len, order), default=1))
+            for few in (order[start : start + many] for start in range(0, len(order), many)):
+                sizes, (x, y) = [len(rows) for rows in few], self.batch(torch.cat(list(few)))
+                yield from zip(x.split(sizes), y.split(sizes), strict=True)
+            return
         room, values = room or Scratch(torch.float32), Scratch(torch.float32)
         stored = None if self.x is None else Scratch(self.x.dtype)
         for rows in order:
-            if self.device != "cpu" or (self.x is not None and self.x.ndim == 2):  # vectors are small
+            if self.device != "cpu":
                 yield self.batch(rows)
                 continue
             if self.x is None or stored is None:
                 part = self.take(rows)
             else:
                 part = torch.index_select(self.x, 0, rows, out=stored(len(rows), self.x.shape[1:]))
-            x = room(len(rows), part.shape[1:])
+            x = room(len(rows), part.shape[1:] if self.scale.basis is None else self.scale.basis.shape[1:])
             if x.dtype == torch.float32:
                 self.scale(part, x)
             else:  # by float32, which is also the faster way from float16 to bfloat16
                 x.copy_(self.scale(part, values(len(rows), part.shape[1:])))
             yield x, self.y.index_select(0, rows if self.versions == 1 else rows % len(self))
 
-    def map_features(self, function: Callable[[torch.Tensor], torch.Tensor]) -> SplitData:
-        """What ``function`` makes of the scaled features of all versions, float32, in memory."""
-        parts = torch.arange(len(self) * self.versions).split(256)
-        x = torch.cat([function(self.scale(self.take(rows))) for rows in parts])
-        return SplitData(x, self.y, versions=self.versions)
+    def map_features(self, function: Callable[[torch.Tensor], torch.Tensor] | None) -> SplitData:
+        """The scaled features of all versions, or what ``function`` makes of them, float32, in memory."""
+        scaled = (self.scale(self.take(rows)) for rows in torch.arange(len(self) * self.versions).split(256))
+        parts = list(scaled) if function is None else list(map(function, scaled))
+        return SplitData(torch.cat(parts), self.y, versions=self.versions)
 
     def chunks(self, size: int | None = None) -> Iterator[torch.Tensor]:
         """float32 [<=size, ...] of the plain images in row order, for evaluation."""
@@ -349,35 +357,6 @@ def load_features(
     x = view.tensor(output, flat)
     assert len(x) == len(flat), "a view gives a row for every row asked"
     return SplitData(x, y, scale, len(table))
-
-
-def memory_for_features() -> int:
-    """Bytes: six tenths of the memory that is free now, on this machine and in the control groups of this process
-    (those of a container, or of a job of SLURM)."""
-    free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    with contextlib.suppress(OSError, StopIteration), open("/proc/meminfo", encoding="ascii") as lines:
-        free = 1024 * int(next(line for line in lines if line.startswith("MemAvailable:")).split()[1])
-    return int(0.6 * max(0, min([free, *room_in_groups()])))
-
-
-_GROUPS = {"": ("memory.max", "anon"), "memory": ("memory.limit_in_bytes", "total_rss")}  # of cgroup v2, of v1
-
-
-def room_in_groups(root: Path = Path("/sys/fs/cgroup"), of: Path = Path("/proc/self/cgroup")) -> Iterator[int]:
-    """Of each control group with a limit that this process is in, near or far: bytes that are not taken. What the
-    system keeps of files counts as free. In a container the path is the host's, and the group is at the root."""
-    with contextlib.suppress(OSError):
-        for line in of.read_text().splitlines():
-            _, controllers, path = line.split(":", 2)
-            kind = "memory" if "memory" in controllers.split(",") else controllers
-            if kind in _GROUPS:
-                limit, taken = _GROUPS[kind]
-                inner = Path(path.lstrip("/"))
-                for group in (root / kind / part for part in (inner, *inner.parents)):
-                    with contextlib.suppress(OSError, ValueError, KeyError):
-                        most = int((group / limit).read_text())  # "max": none
-                        statistics = dict(each.split() for each in (group / "memory.stat").read_text().splitlines())
-                        yield most - int(statistics[taken])
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ LAYERS = (  # from the lowest to the highest; what stands in one tuple does not 
     ("featurecache.extraction",),
     ("featurecache.maintenance",),
     ("featurecache.commands",),
-    ("heads.settings", "heads.stratify"),
+    ("heads.settings", "heads.stratify", "heads.memory"),
     ("heads.metrics",),
     ("heads.task", "heads.models"),
     ("heads.pixel_view",),

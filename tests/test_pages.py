@@ -300,7 +300,7 @@ def test_the_demo_says_what_its_numbers_are_worth(here: Path) -> None:
     table = result.stdout.split("what it costs")[0]
     accuracy = {line.split("  ")[0]: float(line.split()[-2]) for line in table.splitlines() if "0." in line}
     assert accuracy["chance"] == pytest.approx(0.1)
-    assert accuracy["linear on cls"] < 0.92 < accuracy["pixels, logistic regression"]
+    assert accuracy["linear on cls"] < 0.95 < accuracy["pixels, logistic regression"]
     assert accuracy["large on tokens"] > 0.9
 
 

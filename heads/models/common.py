@@ -53,7 +53,8 @@ VIT_B16 = Input((197, 768), ("cls",), (14, 14))  # tokens of a ViT-B/16 at 224 p
 @dataclass(frozen=True)
 class HeadInfo:
     """What a head is made for. ``takes``: "vector" ([D] an image), "tokens" ([T, D]), "any", or, of the network of a
-    baseline, "pixels" ([3, h, w]). ``solved``: its weights come from ``solvers.SOLVERS``, not from steps."""
+    baseline, "pixels" ([3, h, w]). ``solved``: its weights come from ``solvers.SOLVERS``, not from steps. ``convex``:
+    its loss has one minimum, to which a falling learning rate leads."""
 
     what: str
     takes: str
@@ -61,6 +62,7 @@ class HeadInfo:
     standardize: str = "none"
     solved: bool = False
     reference: str = ""
+    convex: bool = False
     settings: dict[str, Any] = field(default_factory=dict)  # its own, in the place of the table's defaults
 
 

@@ -30,6 +30,7 @@ from heads.sweeps.grid import Range, Resplit, SweepSpec
 from heads.task import FeatureView, Task, task_of
 from heads.training.job import (
     TrainingJob,
+    check_options,
     choose_output,
     code_hash,
     memory_plan,
@@ -219,7 +220,9 @@ def plan_sweep(views: Sequence[FeatureView], spec: SweepSpec, ram: float) -> Swe
         if not any(has_option(head, name) for head in spec.heads):
             raise BadOption(f"{flag(name)} would do nothing: none of --heads {','.join(spec.heads)} has it.")
     for family in families:
-        plan.job(family, spec.resplits[0])
+        job = plan.job(family, spec.resplits[0])
+        for optimizer in spec.grid.get("optimizer", ()) if not family.solved else ():
+            check_options(replace(job.settings, optimizer=optimizer))
     for resplit in spec.resplits[1:]:
         for fraction in spec.fractions:
             plan.splits(0, fraction, resplit)

@@ -210,21 +210,25 @@ class StackedLoss:
         (kind,) = {type(loss) for loss in losses}
         self.binary = kind is BinaryCrossEntropy
         self.tables = [torch.stack(parts).to(dtype) for parts in zip(*(loss.table() for loss in losses), strict=True)]
+        if not self.binary:  # by the class of the image, the last axis: Q, its sum over c, and w: [K, C + 2, C]
+            w, q = self.tables
+            self.tables = [torch.cat([q.transpose(1, 2), q.sum(2)[:, None], w[:, None]], 1)]
 
     def retain(self, staying: list[int]) -> None:
         self.tables = [table[staying] for table in self.tables]
 
     def __call__(self, z: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """z [K, B, C], y [B] or [B, L] -> losses [K], dz [K, B, C]."""
+        """z [K, C, B], y [B] or [B, L] -> losses [K], dz [K, C, B]."""
         if not self.binary:
-            w, q = self.tables  # [K, C], [K, C, C]
-            logp = z.log_softmax(-1)
-            q, s = q[:, y], w[:, y].sum(1)  # [K, B, C], [K]
-            losses = -(q * logp).sum((1, 2)) / s
-            return losses, logp.exp_().mul_(q.sum(-1, keepdim=True)).sub_(q).div_(s[:, None, None])
-        w, e = self.tables[0][:, None], self.tables[1][:, None, None]
+            table = self.tables[0].index_select(2, y)  # [K, C + 2, B]
+            q, sums, s = table[:, :-2], table[:, -2:-1], table[:, -1].sum(1)
+            logp = z.log_softmax(1)
+            losses = (q * logp).sum((1, 2)).div_(-s)
+            return losses, logp.exp_().mul_(sums).sub_(q).div_(s.view(-1, 1, 1))
+        w, e = self.tables[0][:, :, None], self.tables[1][:, None, None]
+        y = y.T
         label_mask = ~y.isnan()
-        target = y.nan_to_num().to(z.dtype) * (1 - e) + e / 2  # [K, B, L]
+        target = y.nan_to_num().to(z.dtype) * (1 - e) + e / 2  # [K, L, B]
         positive, count = w * target, label_mask.sum().clamp_min(1)
         losses = (positive * nn.functional.softplus(-z) + (1 - target) * nn.functional.softplus(z)) * label_mask
         return losses.sum((1, 2)) / count, ((positive + 1 - target) * z.sigmoid() - positive) * label_mask / count

@@ -103,9 +103,9 @@ class SequentialTrainer:
     def __len__(self) -> int:
         return len(self.learners)
 
-    def set_rates(self, lr: Sequence[float]) -> None:
-        """The learning rate of each head from here on."""
-        for learner, rate in zip(self.learners, lr, strict=True):
+    def set_rates(self, lr: np.ndarray) -> None:
+        """The learning rate of each head from here on, float64 [K]."""
+        for learner, rate in zip(self.learners, lr.tolist(), strict=True):
             for group in learner.optimizer.param_groups:
                 group["lr"] = rate
 
@@ -153,25 +153,27 @@ class StackedTrainer:
         limits = [math.inf if s.clip_norm is None else s.clip_norm for s in settings]
         self.clip_norm = None if all(map(math.isinf, limits)) else torch.tensor(limits, dtype=dtype)
         self.lr = torch.tensor([s.lr for s in settings], dtype=dtype)
-        self._scale()
+        self._prepare()
+        self.u = [w / f for w, f in zip(self.w, self.factor, strict=True)]
 
     room = None  # for batches: theirs are small
 
     def __len__(self) -> int:
         return len(self.lr)
 
-    def _scale(self) -> None:
+    def _prepare(self) -> None:
+        """What a step takes of the heads that are there; ``factor`` and ``apart`` follow the numbers in ``lr``."""
         self.factor = [self.lr.view(-1, *[1] * (w.ndim - 1)) for w in self.w]
-        self.u = [w / f for w, f in zip(self.w, self.factor, strict=True)]
-        coupled, apart = self.decay * ~self.decoupled, self.decay * self.decoupled * self.lr
-        self.coupled = coupled if bool(coupled.any()) else None
-        self.apart = 1 - apart if bool(apart.any()) else None
+        coupled, apart = self.decay * ~self.decoupled, self.decay * self.decoupled
+        self.coupled = coupled.view(-1, 1, 1) if bool(coupled.any()) else None
+        self.apart = apart.view(-1, 1, 1) if bool(apart.any()) else None
 
-    def set_rates(self, lr: Sequence[float]) -> None:
-        rates = torch.tensor(lr, dtype=self.lr.dtype)
+    def set_rates(self, lr: np.ndarray) -> None:
+        rates = torch.from_numpy(lr).to(self.lr.dtype)
         if not torch.equal(rates, self.lr):
-            self.lr = rates
-            self._scale()
+            self.lr.copy_(rates)
+            for w, u, f in zip(self.w, self.u, self.factor, strict=True):
+                torch.div(w, f, out=u)
 
     @torch.inference_mode()
     def step(self, x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -183,49 +185,50 @@ class StackedTrainer:
             gradients = [g * shorter.view(-1, *[1] * (g.ndim - 1)) for g in gradients]
         for w, u, g in zip(self.w, self.u, gradients, strict=True):
             if w.ndim == 3 and self.coupled is not None:
-                g.addcmul_(w, self.coupled.view(-1, 1, 1))
+                g.addcmul_(w, self.coupled)
             if w.ndim == 3 and self.apart is not None:
-                u.mul_(self.apart.view(-1, 1, 1))
+                u.mul_(1 - self.apart * self.lr.view(-1, 1, 1))
         adam(
             self.u, gradients, self.mean, self.square, [], self.steps, fused=True, amsgrad=False, beta1=BETAS[0],
             beta2=BETAS[1], lr=1.0, weight_decay=0.0, eps=EPSILON, maximize=False,
         )  # fmt: skip
         for w, u, f in zip(self.w, self.u, self.factor, strict=True):
             torch.mul(u, f, out=w)
-        return losses, logits
+        return losses, logits.transpose(1, 2)
 
     def _gradients(
         self, x: torch.Tensor, y: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]:  # fmt: skip
-        """Losses [K], logits [K, B, C], and the gradient of every stack."""
+        """Losses [K], logits [K, C, B], and the gradient of every stack."""
         if self.hidden:
             return self._of_mlp(x, y)
         w, b = self.w
         if not any(self.dropout):
             z = self._first(w, b, x)
             losses, dz = self.loss(z, y)
-            return losses, z, [self._product(dz.transpose(1, 2).flatten(0, 1), x.T).view_as(w), dz.sum(1)]
+            return losses, z, [self._product(dz.flatten(0, 1), x.T).view_as(w), dz.sum(2)]
         dropped = x * torch.stack([self._mask(k, x.shape, x.dtype) for k in range(len(self))])  # [K, B, D]
-        z = torch.baddbmm(b[:, None], dropped, w.transpose(1, 2))
+        z = torch.baddbmm(b[:, :, None], w, dropped.transpose(1, 2))
         losses, dz = self.loss(z, y)
-        return losses, z, [torch.bmm(dz.transpose(1, 2), dropped), dz.sum(1)]
+        return losses, z, [torch.bmm(dz, dropped), dz.sum(2)]
 
     def _of_mlp(self, x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]:
         w1, b1, w2, b2 = self.w
-        hidden = self._first(w1, b1, x).relu_()  # [K, B, H]
+        hidden = self._first(w1, b1, x).relu_()  # [K, H, B]
         mask = (hidden > 0).to(hidden.dtype)
         if any(self.dropout):
-            dropped = torch.stack([self._mask(k, hidden.shape[1:], hidden.dtype) for k in range(len(self))])
+            shape = (len(x), w1.shape[1])
+            dropped = torch.stack([self._mask(k, shape, hidden.dtype).T for k in range(len(self))])
             hidden, mask = hidden.mul_(dropped), mask.mul_(dropped)
-        z = torch.baddbmm(b2[:, None], hidden, w2.transpose(1, 2))
+        z = torch.baddbmm(b2[:, :, None], w2, hidden)
         losses, dz = self.loss(z, y)
-        below = torch.bmm(dz, w2).mul_(mask)  # [K, B, H]
-        first = self._product(below.transpose(1, 2).flatten(0, 1), x.T).view_as(w1)
-        return losses, z, [first, below.sum(1), torch.bmm(dz.transpose(1, 2), hidden), dz.sum(1)]
+        below = torch.bmm(w2.transpose(1, 2), dz).mul_(mask)  # [K, H, B]
+        first = self._product(below.flatten(0, 1), x.T).view_as(w1)
+        return losses, z, [first, below.sum(2), torch.bmm(dz, hidden.transpose(1, 2)), dz.sum(2)]
 
     def _first(self, w: torch.Tensor, b: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        """w [K, J, D], b [K, J], x [B, D] -> [K, B, J]; w xT takes half as long as x wT where K·J is small."""
-        return self._product(w.flatten(0, 1), x).view(len(self), -1, len(x)).transpose(1, 2) + b[:, None]
+        """w [K, J, D], b [K, J], x [B, D] -> [K, J, B]; w xT takes half as long as x wT where K·J is small."""
+        return self._product(w.flatten(0, 1), x).view(*b.shape, -1).add_(b[:, :, None])
 
     def _product(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         """a [M, I], b [J, I] -> a bT [M, J]."""
@@ -251,15 +254,14 @@ class StackedTrainer:
         return {name: w[k].clone() for name, w in zip(self.names, self.w, strict=True)}
 
     def retain(self, staying: list[int]) -> None:
-        for stacks in (self.w, self.u, self.mean, self.square, self.factor):
+        for stacks in (self.w, self.u, self.mean, self.square):
             stacks[:] = [stack[staying] for stack in stacks]
         self.lr, self.decay, self.decoupled = self.lr[staying], self.decay[staying], self.decoupled[staying]
         self.clip_norm = None if self.clip_norm is None else self.clip_norm[staying]
         self.generators = [self.generators[k] for k in staying]
         self.dropout = [self.dropout[k] for k in staying]
         self.loss.retain(staying)
-        self.coupled = None if self.coupled is None else self.coupled[staying]
-        self.apart = None if self.apart is None else self.apart[staying]
+        self._prepare()
 
 
 Trainer = StackedTrainer | SequentialTrainer
@@ -325,14 +327,16 @@ def run_epoch(
     """One pass over the batches; of each head the mean loss per row and the accuracy on what it was trained with (as
     drawn and augmented, with dropout), both before each step: float64 [K]. ``on_step`` is called before step 0, 1, …"""
     total, counted = torch.zeros(2, len(heads), dtype=torch.float64), 0
-    waiting: list[tuple[torch.Tensor, torch.Tensor]] = []  # a comparison for each batch costs a tenth of a linear step
+    waiting: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []  # to add up each batch costs a tenth of a step
     for step, (x, y) in enumerate(data.batches(order, heads.room)):
         on_step(step)
         losses, logits = heads.step(x, y)
-        total[0] += losses.double() * len(y)
-        waiting.append((logits, y))
+        waiting.append((losses, logits, y))
         if len(waiting) * logits.numel() > COMPARED or step + 1 == len(order):
-            right, known = count_right(torch.cat([z for z, _ in waiting], 1), torch.cat([y for _, y in waiting]))
+            of_batches, z, labels = zip(*waiting, strict=True)
+            right, known = count_right(torch.cat(z, 1), torch.cat(labels))
+            sizes = torch.tensor([len(y) for y in labels], dtype=torch.float64)
+            total[0] += sizes @ torch.stack(of_batches).double()
             total[1], counted, waiting = total[1] + right, counted + known, []
     return (total[0] / sum(map(len, order))).numpy(), (total[1] / max(counted, 1)).numpy()
 

@@ -18,15 +18,18 @@ from featurecache.errors import BadOption, NotInCache
 from featurecache.files.records import canonical_json
 from featurecache.formatting import shell_word
 from featurecache.images.headers import crop_words
+from heads.memory import memory_for_features
 from heads.models.catalogue import head_info, make_head, make_network, shape_of_network, standardization
 from heads.models.common import Input, count_parameters, rows_at_once
 from heads.models.tokens import FixedVectorLinear
 from heads.pixel_view import PixelView
 from heads.runs.run import hash_of
 from heads.runs.write import deciding
-from heads.settings import OF_STEPS, Settings, flag, options_for, title
+from heads.settings import EIGEN, OF_STEPS, Settings, flag, options_for, title
 from heads.splits import Splits, choose_splits, dropped_sentence
-from heads.task import FeatureView, Say, SplitData, Standardize, Task, load_features, memory_for_features, task_of
+from heads.task import FeatureView, Say, SplitData, Standardize, Task, load_features, task_of
+from heads.training.eigenbasis import eigenbasis
+from heads.training.loop import first_eligible_epoch
 
 if TYPE_CHECKING:
     from featurecache.backbones.base import Backbone
@@ -94,6 +97,11 @@ def check_options(settings: Settings) -> None:
     for name in (each for each in useless if getattr(settings, each) != getattr(plain, each)):
         way = " extract --copies 2 --augment … stores augmented copies." if name == "augment" else ""
         raise BadOption(f"{flag(name)} would do nothing: {settings.head} does not take it.{way}")
+    if settings.optimizer == EIGEN and (settings.dropout or not info.convex):
+        other = f"--dropout {settings.dropout:g} leaves channels out" if info.convex else f"{settings.head} is another"
+        raise BadOption(
+            f"--optimizer {EIGEN} is for one linear layer on whole vectors; {other}. Type --optimizer adam."
+        )
     for name in OF_STEPS if info.solved else ():
         if name != "seed" and getattr(settings, name) != getattr(plain, name):
             raise BadOption(f"{flag(name)} is for heads that are trained in steps; {settings.head} is solved.")
@@ -192,8 +200,9 @@ def _head_line(job: TrainingJob) -> str:
         return f"{settings.head}: solved{scaled}; chosen by {select} on val"
     decay = f", weight decay {settings.weight_decay:g}" if settings.weight_decay else ""
     decay += " on everything" if decay and settings.decay_all else ""
-    optimizer = {"adam": "Adam", "adamw": "AdamW", "sgd": "SGD with momentum 0.9,"}[settings.optimizer]
-    schedule = "" if settings.schedule == "constant" else f", {settings.schedule}"
+    optimizer = {"adamw": "AdamW", "sgd": "SGD with momentum 0.9,"}.get(settings.optimizer, "Adam")
+    schedule = " in the eigenbasis" if settings.optimizer == EIGEN else ""
+    schedule += "" if settings.schedule == "constant" else f", {settings.schedule}"
     schedule += f", warm-up {100 * settings.warmup:g} %" if settings.warmup else ""
     schedule += "" if settings.clip_norm is None else f", gradients clipped at {settings.clip_norm:g}"
     dropped = "" if settings.dropout is None else f"; dropout {settings.dropout:g}"
@@ -207,10 +216,14 @@ def _head_line(job: TrainingJob) -> str:
         model = make_model(job, settings)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     partly = f", of which {trained:,} are trained" if trained < count_parameters(model) else ""
+    eligible = settings.epochs - first_eligible_epoch(settings) + 1
+    chosen = f"chosen by {select} on val{f' among the last {eligible:,} epochs' if eligible < settings.epochs else ''}"
+    if eligible == 1 < settings.epochs:
+        chosen = "the last epoch is taken"
     return (
         f"{settings.head}: {count_parameters(model):,} parameters{partly}; {balanced}batches of "
         f"{settings.batch_size}{weighted}{dropped}{smoothed}; {optimizer} {settings.lr:g}{schedule}{decay}{scaled}"
-        f"{bf16}; chosen by {select} on val"
+        f"{bf16}; {chosen}"
     )
 
 
@@ -238,24 +251,31 @@ class TrainingData:
         x, y = zip(*map(self.train.batch, rows), strict=True)
         return torch.cat(x), torch.cat(y)
 
-    def for_model(self, model: nn.Module) -> tuple[SplitData, SplitData]:
-        """Train and val as training sees them: the vectors of a head that only sees tokens through some fixed vector
-        are computed once, and it is trained as the linear head it is on these."""
-        if not isinstance(model, FixedVectorLinear):
-            return self.train, self.val
-        return self.train.map_features(model.vectors), self.val.map_features(model.vectors)
+    def for_model(self, model: nn.Module, optimizer: str) -> tuple[SplitData, SplitData, torch.Tensor | None]:
+        """Train and val as training sees them, and the basis in which it does: the vectors of a head that only sees
+        tokens through some fixed vector are computed once, and it is trained as the linear head it is on these. Vectors
+        in memory are scaled and turned once: for every batch that takes as long as a linear head's step."""
+        train, val, basis = self.train, self.val, None
+        if isinstance(model, FixedVectorLinear):
+            train, val = train.map_features(model.vectors), val.map_features(model.vectors)
+        if optimizer == EIGEN:
+            basis = eigenbasis(train)
+            train, val = (replace(data, scale=replace(data.scale, basis=basis)) for data in (train, val))
+        if train.x is not None and train.x.ndim == 2 and (train is self.train or basis is not None):
+            train, val = train.map_features(None), val.map_features(None)
+        return train, val, basis
 
     def test(self) -> SplitData:
         return self._load("test", self.train.scale)
 
 
 def memory_plan(job: TrainingJob) -> tuple[bool, int | None]:
-    """Whether the features fit into the budget, and else how many rows may be in use at once. Images are where they
-    are, and any of them are quickly had."""
+    """Whether the features fit into the budget (vectors also as float32, as they are trained with), and else how many
+    rows may be in use at once. Images are where they are, and any of them are quickly had."""
     if isinstance(job.view, PixelView):
         return False, None
     info, names = job.view.info(job.output), job.splits.names
-    row = math.prod(info.shape) * np.dtype(info.dtype).itemsize
+    row = math.prod(info.shape) * (np.dtype(info.dtype).itemsize + (4 if len(info.shape) == 1 else 0))
     rows = int((names == "train").sum()) * versions_in(job.view) + int(np.isin(names, ("val", "test")).sum())
     budget = memory_for_features() if job.settings.ram is None else int(job.settings.ram * 1e9)
     return (True, None) if rows * row <= budget else (False, max(job.settings.batch_size, budget // row))

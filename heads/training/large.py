@@ -61,7 +61,7 @@ class LargeSteps:
         weight = torch.cat([w1, b1[:, None]], 1).to(self.dtype)  # [H, T + 1]
         second = w2.flatten(1).to(self.dtype)  # [C, H·D]
         torch.relu_(torch.bmm(weight.expand(len(y), -1, -1), x, out=h))
-        z = torch.mm(second, h.flatten(1).T).T + b2
+        z = torch.mm(second, h.flatten(1).T) + b2[:, None]  # [C, B]
         losses, (dz,) = loss(z[None], y)
         dlow, pair = dz.to(self.dtype), len(w2) == 2 and not loss.binary
         difference = (second[1] - second[0]).view(w2.shape[1:])
@@ -69,12 +69,12 @@ class LargeSteps:
             below = self.below[: len(h[part])]
             above = difference.expand_as(below)
             if not pair:
-                above = torch.mm(dlow[part], second, out=below.flatten(1)).view_as(below)
+                above = torch.mm(dlow[:, part].T, second, out=below.flatten(1)).view_as(below)
             torch.ops.aten.threshold_backward.grad_input(above, h[part], 0, grad_input=below)
             torch.bmm(x[part], below.transpose(1, 2), out=first[part])
         if pair:
-            first.mul_(dlow[:, 1, None, None])
+            first.mul_(dlow[1, :, None, None])
         gradient = first.sum(0).T.float()  # [H, T + 1]
         w1.grad, b1.grad = gradient[:, :-1].contiguous(), gradient[:, -1].contiguous()
-        w2.grad, b2.grad = torch.mm(dlow.T, h.flatten(1)).float().view_as(w2), dz.sum(0)
-        return losses[0], z
+        w2.grad, b2.grad = torch.mm(dlow, h.flatten(1)).float().view_as(w2), dz.sum(1)
+        return losses[0], z.T

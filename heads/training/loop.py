@@ -23,7 +23,7 @@ from featurecache.errors import BadOption, ProtocolError
 from featurecache.formatting import batch_bar
 from heads.metrics.calibration import CalibratedPredictions, calibrate
 from heads.metrics.classification import evaluate, mean_auroc
-from heads.models.catalogue import standardization
+from heads.models.catalogue import head_info, standardization
 from heads.runs.folder import read_whole_tensors, write_tensors
 from heads.settings import METRICS, Settings
 from heads.task import SplitData, Task
@@ -51,14 +51,13 @@ class Schedule:
         """Whether the rate is another one within an epoch."""
         return self.kind in ("linear", "cosine") or self.warmup > 0
 
-    def rate(self, step: int, steps: int) -> float:
-        """``steps``: S."""
-        whole = self.epochs * steps
+    def rates(self, epoch: int, steps: int) -> np.ndarray:
+        """float64 [S] of an epoch, from 1; ``steps``: S."""
+        step, whole = np.arange((epoch - 1) * steps, epoch * steps), self.epochs * steps
         warm = round(self.warmup * whole)
-        if step < warm:
-            return self.lr * (step + 1) / (warm + 1)
         part = (step - warm) / max(whole - warm, 1)
-        return self.lr * {"linear": 1 - part, "cosine": (1 + math.cos(math.pi * part)) / 2}.get(self.kind, 1.0)
+        falling = {"linear": 1 - part, "cosine": (1 + np.cos(np.pi * part)) / 2}.get(self.kind, 1.0)
+        return self.lr * np.where(step < warm, (step + 1) / (warm + 1), falling)
 
     def after(self, val_loss: float) -> None:
         if self.kind != "plateau":
@@ -69,6 +68,13 @@ class Schedule:
             self.bad += 1
         if self.bad > PLATEAU_PATIENCE:
             self.lr, self.bad = self.lr * PLATEAU_FACTOR, 0
+
+
+def first_eligible_epoch(settings: Settings) -> int:
+    """The first epoch, from 1, that val may choose: of a convex head whose rate falls to 0 and which nothing ends
+    early, of the last tenth. There its weights have settled; before, 800 images of val take an epoch by chance."""
+    settles = settings.schedule in ("linear", "cosine") and not settings.patience and head_info(settings.head).convex
+    return settings.epochs - max(settings.epochs // 10, 1) + 1 if settles else 1
 
 
 @dataclass
@@ -180,15 +186,16 @@ def train_heads(
             order = sample_versions(order, len(data), data.versions, versions)
         schedules = [trained[k].schedule for k in active]
         with batch_bar(len(order), f"epoch {epoch} of {last}", progress) as bar:
-            on_step = partial(_before_step, heads, schedules, bar, advance, (epoch, last, len(order)))
+            rates = np.stack([each.rates(epoch, len(order)) for each in schedules], 1)  # [S, K]
+            by_step = any(each.by_step for each in schedules)
+            on_step = partial(_before_step, heads, rates, by_step, bar, advance, 1 / (last * len(order)))
             losses, right = run_epoch(heads, data, order, on_step)
-        rates = [each.rate(epoch * len(order) - 1, len(order)) for each in schedules]
         logits = heads.logits(val)
         seconds = (time.perf_counter() - begin) / len(active)
         staying = []
         for place, k in enumerate(active):
             lines = {
-                "epoch": epoch, "lr": rates[place], "train_loss": float(losses[place]),
+                "epoch": epoch, "lr": float(rates[-1, place]), "train_loss": float(losses[place]),
                 f"train_{ACCURACY[task.multilabel]}": float(right[place]), "seconds": seconds,
             }  # fmt: skip
             row, better = score_epoch(trained[k], lines, logits[place], val.y.numpy(), task)
@@ -211,17 +218,15 @@ def train_heads(
 
 
 def _before_step(
-    heads: Trainer, schedules: Sequence[Schedule], bar: Any, advance: Callable[[float], object] | None,
-    place: tuple[int, int, int], step: int,
+    heads: Trainer, rates: np.ndarray, by_step: bool, bar: Any, advance: Callable[[float], object] | None,
+    share: float, step: int,
 ) -> None:  # fmt: skip
-    """Learning rates, where they are other ones now, and the bars; ``place``: the epoch, from 1, of how many, and of
-    how many steps; ``step``: from 0."""
-    epoch, epochs, steps = place
-    if step == 0 or any(each.by_step for each in schedules):
-        heads.set_rates([each.rate((epoch - 1) * steps + step, steps) for each in schedules])
+    """Learning rates, where they are other ones now, and the bars; ``share`` of a step in all; ``step``: from 0."""
+    if by_step or step == 0:
+        heads.set_rates(rates[step])
     bar.update(1)
     if advance is not None:
-        advance(1 / (epochs * steps))
+        advance(share)
 
 
 def score_epoch(
@@ -242,7 +247,7 @@ def score_epoch(
     val_loss, value = predictions.nll, selection_score(settings, task, predictions)
     head.schedule.after(val_loss)
     goodness = (value if select != "loss" and METRICS[select].higher else -value, -val_loss)
-    if better := goodness > head.best:
+    if better := line["epoch"] >= first_eligible_epoch(settings) and goodness > head.best:
         head.best = goodness
     row = line | {"val_loss": val_loss, f"val_{select}": value}
     right, known = count_right(torch.from_numpy(logits[None]), torch.from_numpy(y))

@@ -74,7 +74,7 @@ def _line(row: Row, settings: Settings) -> str:
     right = {split: next(row[f"{split}_{n}"] for n in ACCURACY if f"{split}_{n}" in row) for split in ("train", "val")}
     name = _measure(row)
     measure = "" if name is None else f"  {row[f'val_{name}']:>{max(6, len(METRICS[name].title))}.3f}"
-    without = f"{row['wait']:.0f} of {settings.patience}" if settings.patience else f"{row['wait']:.0f}"
+    without = f"{row['wait']:.0f} of {settings.patience}" if settings.patience else ""
     epoch = f"epoch {row['epoch']:2.0f}"
     return (
         f"{epoch:<9}  {row['train_loss']:>10.3f} {right['train']:.3f} {row['val_loss']:>9.3f} "

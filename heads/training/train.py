@@ -25,10 +25,11 @@ from heads.models.solvers import SOLVERS, path_logits
 from heads.pixel_view import PixelView
 from heads.runs.records import AT_LIMIT
 from heads.runs.write import RunContents
-from heads.settings import VARIED, Settings
+from heads.settings import EIGEN, METRICS, VARIED, Settings
 from heads.splits import class_counts
 from heads.task import FeatureView, Say, SplitData, Standardize, clusters_of
 from heads.training.batches import loss_and_prior
+from heads.training.eigenbasis import turn_weight
 from heads.training.engine import arithmetic_for, logits_of, make_trainer, work_of_a_step
 from heads.training.job import TrainingData, TrainingJob, make_model
 from heads.training.loop import Checkpoint, Schedule, TrainedState, score_epoch, train_heads
@@ -82,13 +83,20 @@ def train_together(
     if not isinstance(job.view, PixelView) and not head_info(job.settings.head).solved:
         work = work_of_a_step(make_model(job, job.settings), settings, job.input.shape)
     with arithmetic_for(work, job.settings.device) as products:
-        for balanced in (False, True):  # class weights go without balanced batches, so those heads see others
-            if numbers := [k for k, each in enumerate(settings) if each.balanced(job.task.multilabel) is balanced]:
-                own = [settings[k] for k in numbers]
-                part = None if advance is None else partial(_scaled, advance, len(numbers) / len(settings))
-                heads = _train(job, own, features, say or (lambda line: None), checkpoint, progress, part)
-                fits |= dict(zip(numbers, _calibrate_and_test(job, heads, features, products), strict=True))
+        for numbers in _seeing_the_same(settings, job.task.multilabel):
+            own = [settings[k] for k in numbers]
+            part = None if advance is None else partial(_scaled, advance, len(numbers) / len(settings))
+            heads = _train(job, own, features, say or (lambda line: None), checkpoint, progress, part)
+            fits |= dict(zip(numbers, _calibrate_and_test(job, heads, features, products), strict=True))
     return [fits[k] for k in range(len(settings))]
+
+
+def _seeing_the_same(settings: Sequence[Settings], multilabel: bool) -> list[list[int]]:
+    """Heads by the batches that they see: class weights go without balanced ones, and a basis is another view."""
+    groups: dict[tuple[bool, bool], list[int]] = {}
+    for k, each in enumerate(settings):
+        groups.setdefault((each.balanced(multilabel), each.optimizer == EIGEN), []).append(k)
+    return list(groups.values())
 
 
 def _scaled(advance: Callable[[float], object], factor: float, share: float) -> None:
@@ -107,8 +115,11 @@ def _train(
     losses, corrections = zip(*(loss_and_prior(job.task, features.train.y, each) for each in settings), strict=True)
     generators = [torch.Generator().manual_seed(each.seed) for each in settings]
     models = [make_model(job, s, own).to(s.device) for s, own in zip(settings, generators, strict=True)]
+    train, val, basis = features.for_model(models[0], settings[0].optimizer)
+    if basis is not None:
+        for model in models:
+            turn_weight(model, basis)
     heads = make_trainer(models, losses, generators, settings)
-    train, val = features.for_model(models[0])
     table = EpochTable(settings[0], say)
     trained = train_heads(
         heads, settings, train, val, corrections, job.task,
@@ -118,6 +129,8 @@ def _train(
     for model, each in zip(models, trained, strict=True):
         if each.failed is None:
             model.load_state_dict(each.state)
+        if basis is not None:
+            turn_weight(model, basis.T)
     return [(model.eval(), each) for model, each in zip(models, trained, strict=True)]
 
 
@@ -182,7 +195,8 @@ def _fitted_head(
 
 def limit_note(trained: TrainedState) -> str | None:
     """A sentence where training ended at its limit of epochs and not because val was no better: at a learning rate that
-    does not end by itself ``patience`` had not run out, else the criterion of the last epoch is above all others."""
+    does not end by itself ``patience`` had not run out, else the criterion of the last epoch is above all others, by
+    more than the last digit that is shown."""
     settings, history = trained.settings, trained.history
     if head_info(settings.head).solved:
         return None
@@ -190,7 +204,9 @@ def limit_note(trained: TrainedState) -> str | None:
         ended = settings.epochs - trained.epoch < max(settings.patience, 1)
     else:
         values = [row[f"val_{settings.select}"] for row in history]
-        ended = trained.epoch == settings.epochs and values[-1] not in values[:-1]
+        sign = 1 if settings.select != "loss" and METRICS[settings.select].higher else -1
+        gain = min((sign * (values[-1] - value) for value in values[:-1]), default=math.inf)
+        ended = trained.epoch == settings.epochs and gain > 1e-3
     best = f"(best: epoch {trained.epoch:,})"
     return f"{AT_LIMIT} of {settings.epochs:,} epochs while val still got better {best}" if ended else None
 

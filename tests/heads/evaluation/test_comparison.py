@@ -126,7 +126,9 @@ def test_a_head_that_ended_at_its_limit_says_so_with_its_name_and_what_to_type()
     assert limits(record([each])["warnings"]) == [limit] and limit in tables.final_table(each)
     stopped = run(of, epochs=60, lr=0.3, patience=2, schedule="constant")
     assert limits(record([stopped])["warnings"]) == []
-    assert limits(record([run(of, **CREEPING | {"schedule": "cosine"})])["warnings"])  # its last epoch is its best
+    falling = CREEPING | {"schedule": "cosine"}
+    assert limits(record([run(of, **falling)])["warnings"]) == []  # better by less than what is shown
+    assert limits(record([run(of, **falling | {"lr": 0.1})])["warnings"])  # its last epoch is visibly its best
 
 
 def test_several_heads_that_ended_at_their_limit_are_one_sentence():

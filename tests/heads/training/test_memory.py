@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from heads import task
+from heads import memory
 
 
 def group(folder: Path, limit: str, most: str, statistics: str) -> None:
@@ -20,21 +20,21 @@ def test_a_job_of_a_cluster_has_the_memory_of_its_group(tmp_path: Path, monkeypa
     (tmp_path / "self").write_text("0::/slurm/job7/step0\n")
     group(tmp_path / "slurm/job7/step0", "memory.max", "max", "anon 1\n")
     group(tmp_path / "slurm/job7", "memory.max", "2000000000", "anon 500000000\nfile 1400000000\n")
-    assert list(task.room_in_groups(tmp_path, tmp_path / "self")) == [1_500_000_000]
-    monkeypatch.setattr(task, "room_in_groups", lambda: [1000])
-    assert task.memory_for_features() == 600
-    monkeypatch.setattr(task, "room_in_groups", lambda: [-5])
-    assert task.memory_for_features() == 0
+    assert list(memory.room_in_groups(tmp_path, tmp_path / "self")) == [1_500_000_000]
+    monkeypatch.setattr(memory, "room_in_groups", lambda: [1000])
+    assert memory.memory_for_features() == 600
+    monkeypatch.setattr(memory, "room_in_groups", lambda: [-5])
+    assert memory.memory_for_features() == 0
 
 
 def test_a_container_of_version_1_has_its_limit_at_the_root(tmp_path: Path) -> None:
     """The path is one of the host, which the container does not see."""
     (tmp_path / "self").write_text("5:cpu,cpuacct:/docker/4ac\n4:memory:/docker/4ac\n0::/\n")
     group(tmp_path / "memory", "memory.limit_in_bytes", "1000", "rss 1\ntotal_rss 300\n")
-    assert list(task.room_in_groups(tmp_path, tmp_path / "self")) == [700]
+    assert list(memory.room_in_groups(tmp_path, tmp_path / "self")) == [700]
 
 
 def test_without_groups_there_is_no_limit(tmp_path: Path) -> None:
-    assert list(task.room_in_groups(tmp_path, tmp_path / "none")) == []
+    assert list(memory.room_in_groups(tmp_path, tmp_path / "none")) == []
     (tmp_path / "self").write_text("0::/\n")
-    assert list(task.room_in_groups(tmp_path, tmp_path / "self")) == []
+    assert list(memory.room_in_groups(tmp_path, tmp_path / "self")) == []
