@@ -37,6 +37,10 @@ def milliseconds(value: float) -> str:
     return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
 
 
+def images_per_second(rate: float) -> str:
+    return f"{rate:,.0f} images/s" if rate >= 100 else f"{rate:.3g} images/s"
+
+
 _FORMULA = re.compile(r"'*[=+\-@\t\r\n＝＋－＠]")
 _NUMBER = re.compile(r"'*[+-]?\d+(\.\d+)?([eE][+-]?\d+)?")
 

@@ -23,6 +23,7 @@ from featurecache.formatting import (
     columns,
     device_title,
     duration,
+    images_per_second,
     one_line,
     shape_text,
     shell_word,
@@ -174,7 +175,7 @@ def _machine_line(extraction: Extraction, rate: float | None) -> str:
     what = threads if device.type == "cpu" else device_title(device)
     precision = f"{extraction.spec.precision} ({extraction.precision_reason})"
     engine = extraction.engine.words
-    speed = f": {rate:.3g} images/s" if rate else ""
+    speed = f": {images_per_second(rate)}" if rate else ""
     speed += f" each, in {engine}" if engine else f", about {duration(extraction.to_compute / rate)}" if rate else ""
     return f"{what}, {precision}, batches of {plan['batch_size']}{speed}"
 

@@ -33,7 +33,7 @@ from featurecache.extraction.openvino_graph import has_openvino, is_user_code, p
 from featurecache.extraction.pipeline import decode_many
 from featurecache.files.machine_state import read_state, write_state
 from featurecache.files.records import are_candidates
-from featurecache.formatting import duration
+from featurecache.formatting import duration, images_per_second
 from featurecache.images.headers import EncodedImage
 from featurecache.outputs import Output
 from featurecache.store.store import Store
@@ -71,10 +71,14 @@ class ForwardChoice:
         lines, speed, bf16 = list(self.notes), self.images_per_s, self.bf16_images_per_s
         if self.candidates:
             each = [(way, figures["images_per_s"], figures["error"]) for way, figures in self.candidates.items()]
-            speeds = [f"{way} {rate:.3g} images/s" + f", off by {error:.1g}" * (error > 0) for way, rate, error in each]
+            speeds = [
+                f"{way} {images_per_second(rate)}" + f", off by {error:.1g}" * (error > 0) for way, rate, error in each
+            ]
             lines.append(f"{self.way}, by measurement: {'; '.join(speeds)}")
         if speed and bf16 and bf16 > 1.3 * speed:
-            lines.append(f"--precision bf16, another store, would take {duration(images / bf16)}: {bf16:.3g} images/s")
+            lines.append(
+                f"--precision bf16, another store, would take {duration(images / bf16)}: {images_per_second(bf16)}"
+            )
         return lines
 
 

@@ -31,7 +31,15 @@ from featurecache.extraction.run import Extraction, ExtractionResult
 from featurecache.extraction.scan import ScanResult, scan
 from featurecache.files.names import is_file_name
 from featurecache.files.records import ENGINES, WAYS
-from featurecache.formatting import columns, cost_per_image, duration, first_of, shell_word, timed_part
+from featurecache.formatting import (
+    columns,
+    cost_per_image,
+    duration,
+    first_of,
+    images_per_second,
+    shell_word,
+    timed_part,
+)
 from featurecache.images.augmentation import augmentation_of
 from featurecache.outputs import parse_list
 from featurecache.sources import open_source
@@ -265,7 +273,7 @@ def extraction_summary(result: ExtractionResult, view_label: str) -> str:
     """What an extraction did, as lines for people; unreadable images are named, at most ten."""
     work = "nothing left to compute"
     if result.computed:
-        work = f"{result.computed:,} computed in {duration(result.seconds)} ({result.images_per_s:.3g} images/s)"
+        work = f"{result.computed:,} computed in {duration(result.seconds)} ({images_per_second(result.images_per_s)})"
     elif result.derived:
         work = f"{result.derived:,} derived from stored tokens in {duration(result.seconds)}"
     unread = f"; {len(result.failed):,} could not be kept:" if result.failed else ""

@@ -201,3 +201,10 @@ print("whole")
 def test_a_process_killed_while_it_draws_a_bar_stops_no_other():
     done = subprocess.run([sys.executable, "-c", KILLED_IN_A_BAR], capture_output=True, text=True, timeout=30)
     assert done.stdout == "whole\n", done.stderr
+
+
+def test_a_rate_is_written_as_people_write_it():
+    rates = {0.0414: "0.0414", 7.456: "7.46", 99.94: "99.9", 100: "100", 1968.4: "1,968", 12345.6: "12,346"}
+    assert {rate: formatting.images_per_second(rate) for rate in rates} == {
+        r: f"{s} images/s" for r, s in rates.items()
+    }
