@@ -64,14 +64,27 @@ class Command(click.Command):
     context_class = Context
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        """Raises UsageError where what is read is named twice by an option of one value: click would take the last."""
-        _, _, given = self.make_parser(ctx).parse_args(list(args))
+        """Raises UsageError where what is read is named twice by an option of one value: click would take the last. Of
+        an option that is missing it says what the option is, of a word too many which option it stands behind."""
+        _, words, given = self.make_parser(ctx).parse_args(list(args))
         for each in given:
             single = isinstance(each, click.Option) and not each.multiple and READ & {*each.opts}
             if single and given.count(each) > 1 and not ctx.resilient_parsing:
                 name = max(each.opts, key=len)
                 raise click.UsageError(f"{name} takes one and is given {given.count(each)} times: leave one.", ctx)
-        return super().parse_args(ctx, args)
+        if words and not any(isinstance(each, click.Argument) for each in self.get_params(ctx)):
+            option = next((each for each in reversed(args[: args.index(words[0])]) if each.startswith("-")), None)
+            flags = {name for each in given if isinstance(each, click.Option) and each.is_flag for name in each.opts}
+            taken = f"{option} takes {'none' if option in flags else 'one'}"
+            taken = taken if option else f"{ctx.info_name} takes options only"
+            raise click.UsageError(f"{words[0]} belongs to no option: {taken}. A name with spaces needs quotes.", ctx)
+        try:
+            return super().parse_args(ctx, args)
+        except click.MissingParameter as error:
+            if not isinstance(error.param, click.Option):
+                raise
+            name = f"{max(error.param.opts, key=len)} {error.param.metavar}"
+            raise click.UsageError(f"{name} is missing: {error.param.help}", ctx) from None
 
     def get_help_option(self, ctx: click.Context) -> click.Option | None:
         if self._help_option is None:

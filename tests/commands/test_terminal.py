@@ -182,6 +182,21 @@ def test_a_command_says_at_once_that_it_loads(monkeypatch):
     assert shown == [("loading", True), ("loading", False)]
 
 
+@pytest.mark.parametrize(
+    ("command", "says"),
+    [
+        ("extract --data chest", "--backbone NAME is missing: An alias (see info), hf:REPO, a folder"),
+        ("predict a.png", "--run DIR is missing: A run folder of train-head, or a sweep's: its choice."),
+        ("extract --backbone vit-demo --data a b", "b belongs to no option: --data takes one. A name with spaces"),
+        ("extract --dry-run a --backbone vit-demo", "a belongs to no option: --dry-run takes none."),
+        ("ls cache", "cache belongs to no option: ls takes options only."),
+    ],
+)
+def test_what_is_missing_or_too_much_is_named_with_what_belongs_there(command, says):
+    result = call(*command.split())
+    assert result.exit_code == 2 and says in " ".join(result.stderr.split())
+
+
 KILLED_IN_A_BAR = """
 import os, signal
 from featurecache.formatting import byte_bar
