@@ -333,9 +333,13 @@ class SplitData:
 
     def map_features(self, function: Callable[[torch.Tensor], torch.Tensor] | None) -> SplitData:
         """The scaled features of all versions, or what ``function`` makes of them, float32, in memory."""
-        scaled = (self.scale(self.take(rows)) for rows in torch.arange(len(self) * self.versions).split(256))
-        parts = list(scaled) if function is None else list(map(function, scaled))
-        return SplitData(torch.cat(parts), self.y, versions=self.versions)
+        x, count = None, len(self) * self.versions
+        for rows in torch.arange(count).split(256):
+            part = self.scale(self.take(rows))
+            part = part if function is None else function(part)
+            x = part.new_empty(count, *part.shape[1:]) if x is None else x  # once in memory, not as parts and whole
+            x[rows[0] : rows[-1] + 1] = part
+        return SplitData(x, self.y, versions=self.versions)
 
     def chunks(self, size: int | None = None) -> Iterator[torch.Tensor]:
         """float32 [<=size, ...] of the plain images in row order, for evaluation."""
