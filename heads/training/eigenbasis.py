@@ -28,6 +28,8 @@ def eigenbasis(data: SplitData) -> torch.Tensor:
     for part in rows.split(1024):
         x = data.scale(data.take(part)).double()
         moments = moments + x.T @ x
+    if not moments.isfinite().all():
+        return torch.eye(len(moments))  # training says what is not finite
     values, vectors = torch.linalg.eigh(moments)
     return vectors[:, values > LEAST * values[-1]].float()
 

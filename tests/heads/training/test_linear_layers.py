@@ -15,7 +15,7 @@ from sklearn.metrics import roc_auc_score
 from support.fake_view import FakeView, toy_view
 from torch import nn
 
-from featurecache.errors import BadOption
+from featurecache.errors import BadOption, ProtocolError
 from heads.api import ablate, train_head
 from heads.task import SplitData, Standardize
 from heads.training import loop
@@ -71,6 +71,15 @@ def test_in_directions_that_train_does_not_show_the_weight_is_zero():
     seen = torch.linalg.svd(view.features["cls"][:20].double(), full_matrices=False)[2]
     outside = weight - weight @ seen.T @ seen
     assert outside.abs().max() < 1e-5 * weight.abs().max()
+
+
+@pytest.mark.parametrize("standardize", ["zscore", "none"])
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+def test_features_that_are_not_finite_are_said_as_of_any_head(value, standardize):
+    view = toy_view(n=60, splits="given")
+    view.features["cls"][0, 3] = value
+    with pytest.raises(ProtocolError, match="not finite any more in epoch 1"):
+        train_head(view, "linear", standardize=standardize)
 
 
 def test_features_are_turned_alike_in_memory_and_read_from_shards():
