@@ -147,6 +147,8 @@ def select_state_dict(path: Path, data: Any, name: str = "") -> StateDict:
         )
     else:
         key = next(iter(sets), "")
+    if key and not _holds_tensors(sets[key]) and any(isinstance(value, Mapping) for value in sets[key].values()):
+        return select_state_dict(path, sets[key], "" if name == key else name)  # one wrapper inside another
     checkpoint = StateDict(path, _named_tensors(path, sets[key] if key else data), name)
     size = len(checkpoint.tensors)
     others = [k for k, v in sets.items() if k != key and 2 * sum(map(torch.is_tensor, v.values())) >= size]

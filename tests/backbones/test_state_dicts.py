@@ -112,6 +112,12 @@ def test_of_the_usual_names_one_that_holds_tensors_is_taken(beside):
     assert load({**beside, "model": A}).weights == load(A).weights
 
 
+@pytest.mark.parametrize("name", ["", "model", "state_dict"])
+def test_a_wrapper_inside_another_is_opened(name):
+    content = {"model": {"state_dict": {"a.weight": torch.ones(2)}, "epoch": 3}, "optimizer": {"lr": 0.1}}
+    assert list(select_state_dict(Path("w.pt"), content, name).tensors) == ["a.weight"]
+
+
 def test_info_says_what_a_file_of_weights_holds():
     torch.save({"state_dict": A, "state_dict_ema": B}, "w.pth")
     assert "state_dict_ema (timm's choice" in describe_backbone(VIT, weights="w.pth")["weights"]
