@@ -61,6 +61,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.xdist_group("faults"))
 
 
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Two of `ALONE` beside each other would take the cores from each other, and time out."""
+    if hasattr(session.config, "workerinput"):
+        apart = [item.nodeid for item in session.items if item.path.name in ALONE and "@" not in item.nodeid]
+        assert not apart, f"this pytest-xdist does not keep groups together: {apart[0]}"
+
+
 @pytest.fixture(autouse=True)
 def _no_process_in_the_first_tier(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     if not any(map(request.node.get_closest_marker, TIERS)):
