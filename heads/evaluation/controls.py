@@ -16,6 +16,7 @@ import hashlib
 import json
 import warnings
 from dataclasses import replace
+from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -58,8 +59,6 @@ def measure_controls(
 
 def _key_of(view: FeatureView, task: Task, splits: Splits) -> str:
     """Of all that decides them: which images, read how; what they are called; who trains and who tests; the code."""
-    import sklearn
-
     from featurecache.images.decoding import DECODING
 
     data = hashlib.blake2b(canonical_json(view.source).encode(), digest_size=16)
@@ -70,7 +69,7 @@ def _key_of(view: FeatureView, task: Task, splits: Splits) -> str:
         "side": SIDE,
         "most": MOST,
         "featurecache": __version__,
-        "sklearn": sklearn.__version__,
+        "sklearn": version("scikit-learn"),  # whose import takes a second, and what is remembered needs none
     }
     what = {"task": task.kind, "classes": list(task.classes), "positive": task.positive}
     return state_key(data=data.hexdigest(), **what, **how)
