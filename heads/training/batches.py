@@ -213,9 +213,11 @@ class StackedLoss:
         if not self.binary:  # by the class of the image, the last axis: Q, its sum over c, and w: [K, C + 2, C]
             w, q = self.tables
             self.tables = [torch.cat([q.transpose(1, 2), q.sum(2)[:, None], w[:, None]], 1)]
+        if all(torch.equal(table, table[:1].expand_as(table)) for table in self.tables):
+            self.tables = [table[:1] for table in self.tables]  # one lookup for all heads
 
     def retain(self, staying: list[int]) -> None:
-        self.tables = [table[staying] for table in self.tables]
+        self.tables = [table[staying] if len(table) > 1 else table for table in self.tables]
 
     def __call__(self, z: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """z [K, C, B], y [B] or [B, L] -> losses [K], dz [K, C, B]."""
