@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from featurecache.arithmetic import cpu_multiplies_bf16
 from featurecache.errors import BadOption, NotInCache
 from featurecache.files.records import canonical_json
 from featurecache.formatting import shell_word
@@ -71,7 +72,7 @@ def prepare_training(view: FeatureView | str | Path, settings: Settings, splits:
             f"--sensitivity sets a threshold, and of {len(task.classes)} classes the most probable is predicted "
             "without one. It is for two classes, or for labels beside each other."
         )
-    if settings.precision == "bf16" and settings.device == "cpu" and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+    if settings.precision == "bf16" and settings.device == "cpu" and not cpu_multiplies_bf16():
         raise BadOption("--precision bf16: this CPU has no fast products in bf16. Leave it out: fp32 is exact.")
     job = TrainingJob(view, settings, output, task, splits or choose_splits(view, task, settings))
     if not isinstance(view, PixelView):

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import platform
 from contextlib import nullcontext
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,14 +14,14 @@ import torch
 from support.fake_view import label_view, toy_view
 from torch import nn
 
-from featurecache.arithmetic import exact_arithmetic, onednn_is_exact, onednn_products
+from featurecache.arithmetic import cpu_multiplies_bf16, exact_arithmetic, onednn_is_exact, onednn_products
 from featurecache.errors import BadOption, ProtocolError
 from featurecache.images.augmentation import augmentation_of
 from heads.api import train_head
 from heads.models.catalogue import make_head
 from heads.settings import VARIED, Settings
 from heads.task import SplitData, Standardize, load_features, task_of
-from heads.training import engine, large, loop
+from heads.training import engine, job, large, loop
 from heads.training.batches import (
     BLOCK,
     BalancedBatches,
@@ -219,15 +221,23 @@ def test_the_way_is_the_faster_one_for_each_kind_of_head():
 
 def test_bf16_is_near_fp32_and_not_it(monkeypatch):
     if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        pytest.skip("this CPU has no products in bf16")
+        pytest.skip("this CPU has no products in bf16, nor can oneDNN emulate them")
+    monkeypatch.setattr(job, "cpu_multiplies_bf16", lambda: True)
     view = toy_view(n=200, splits="given", noise=2.0)
     for head in ("linear", "large"):
         exact, rough = (train_head(view, head, epochs=2, precision=p) for p in ("fp32", "bf16"))
         a, b = (torch.cat([w.flatten() for w in run.model.state_dict().values()]) for run in (exact, rough))
         assert 0 < float((a - b).norm() / a.norm()) < 0.05
-    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
+    monkeypatch.setattr(job, "cpu_multiplies_bf16", lambda: False)
     with pytest.raises(BadOption, match="no fast products in bf16"):
         train_head(view, "linear", precision="bf16")
+
+
+def test_a_cpu_that_would_emulate_bf16_does_not_multiply_it():
+    flags = Path("/proc/cpuinfo").read_text().split() if Path("/proc/cpuinfo").exists() else []
+    if platform.machine() != "x86_64" or not flags:
+        pytest.skip("flags of an x86 are read here")
+    assert cpu_multiplies_bf16() == bool({"avx512_bf16", "amx_bf16"} & {*flags})
 
 
 def test_features_beyond_the_budget_are_read_batch_by_batch_to_the_same_end():
@@ -331,7 +341,8 @@ def test_the_gradients_of_large_are_those_of_autograd_in_float64(size, products,
         torch.testing.assert_close(parameter.grad.double(), other.grad, atol=close, rtol=0)
 
 
-def test_heads_of_a_loop_are_what_they_are_alone_with_and_without_dropout():
+def test_heads_of_a_loop_are_what_they_are_alone_with_and_without_dropout(monkeypatch):
+    monkeypatch.setattr(job, "cpu_multiplies_bf16", lambda: True)  # where oneDNN emulates it, slowly
     view = toy_view(n=200, splits="given", noise=2.0)
     for precision in ("fp32", "bf16") if torch.ops.mkldnn._is_mkldnn_bf16_supported() else ("fp32",):
         settings = [Settings("large", epochs=2, precision=precision, **more) for more in ({}, {"dropout": 0.3})]
