@@ -276,10 +276,12 @@ def memory_plan(job: TrainingJob) -> tuple[bool, int | None]:
     if isinstance(job.view, PixelView):
         return False, None
     info, names = job.view.info(job.output), job.splits.names
-    row = math.prod(info.shape) * (np.dtype(info.dtype).itemsize + (4 if len(info.shape) == 1 else 0))
+    numbers = math.prod(info.shape)
+    row = numbers * np.dtype(info.dtype).itemsize
+    whole = row + 4 * numbers if len(info.shape) == 1 else row
     rows = int((names == "train").sum()) * versions_in(job.view) + int(np.isin(names, ("val", "test")).sum())
     budget = memory_for_features() if job.settings.ram is None else int(job.settings.ram * 1e9)
-    return (True, None) if rows * row <= budget else (False, max(job.settings.batch_size, budget // row))
+    return (True, None) if rows * whole <= budget else (False, max(job.settings.batch_size, budget // row))
 
 
 def versions_in(view: FeatureView) -> int:
