@@ -244,7 +244,11 @@ def training_figures(runs: Sequence[Run], overlaid: bool = False) -> list[Figure
         criterion = title(chosen["by"], runs[0].task)
         top = top_of(chosen["by"])
         plot = _history_plot(runs, (f"val_{chosen['by']}",), f"val {criterion}", least=0.02, top=top)
-        figures.append(Figure(f"Training: {criterion} on val", plot, several, keys[1:]))
+        first = int(next(row["epoch"] for row in history if row["best"]))  # the first that could be chosen is the best
+        settled = f"Chosen from epoch {first} on: before, the weights still move." if first > 1 else ""
+        figures.append(
+            Figure(f"Training: {criterion} on val", plot, " ".join(filter(None, [several, settled])), keys[1:])
+        )
     return figures
 
 

@@ -99,7 +99,9 @@ def check_options(settings: Settings) -> None:
         way = " extract --copies 2 --augment … stores augmented copies." if name == "augment" else ""
         raise BadOption(f"{flag(name)} would do nothing: {settings.head} does not take it.{way}")
     if settings.optimizer == EIGEN and (settings.dropout or not info.convex):
-        other = f"--dropout {settings.dropout:g} leaves channels out" if info.convex else f"{settings.head} is another"
+        other = (
+            f"--dropout {settings.dropout:g} leaves channels out" if info.convex else f"{settings.head} is no such head"
+        )
         raise BadOption(
             f"--optimizer {EIGEN} is for one linear layer on whole vectors; {other}. Type --optimizer adam."
         )

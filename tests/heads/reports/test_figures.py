@@ -121,6 +121,9 @@ def test_a_run_shows_train_and_val_by_epoch_and_several_runs_share_axes(tmp_path
     runs = [train(view, tmp_path / str(k), lr=lr)[0] for k, lr in enumerate((1e-3, 0.1))]
     titles = [figure.title for figure in figures.training_figures(runs[:1])]
     assert titles == ["Training: loss", "Training: accuracy", "Training: AUROC on val"]
+    assert figures.training_figures(runs[:1])[-1].caption == "Chosen from epoch 2 on: before, the weights still move."
+    stopping, _ = train(view, tmp_path / "stopping", patience=5)
+    assert figures.training_figures([stopping])[-1].caption == ""
     both = side_by_side.overlaid_curves({"slow": runs[0], "quick": runs[1]}, "Loss", "loss", "loss")
     drawn = [list(line.get_ydata()) for line in both.plot.axes.lines]
     assert drawn == [[row[f"{s}_loss"] for row in run.history] for run in runs for s in ("train", "val")]

@@ -105,7 +105,7 @@ def test_another_head_or_dropout_is_refused(tmp_path):
         with pytest.raises(BadOption, match=r"one linear layer on whole vectors.* Type --optimizer adam"):
             train_head(view, head, optimizer="adam-eigen", epochs=1, **more)
     train_head(view, "linear", epochs=1, dropout=0.2, optimizer="adam")
-    with pytest.raises(BadOption, match="large is another"):
+    with pytest.raises(BadOption, match="large is no such head"):
         ablate([view], heads="linear,large", optimizer="adam,adam-eigen", epochs=1, out=tmp_path / "sweep")
 
 
