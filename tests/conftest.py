@@ -33,7 +33,7 @@ INTEGRATION = {  # whole files: they load models, train or start processes; sing
     "heads/runs": "heads_runs run_faults run_flips",
     "heads/studies": "studies studies_run",
     "heads/sweeps": "search sweep sweep_folder sweep_views",
-    "heads/training": "engine networks train",
+    "heads/training": "engine linear_layers networks train",
     "images": "copies",
     "maintenance": "copies repair",
     "robustness": "at_once faults flips fuzz real_images workers",
