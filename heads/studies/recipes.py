@@ -87,7 +87,8 @@ MINDLINA = Study(
             for name in ("pneumonia", "kind")
             for step in (
                 Heads(f"{name}-heads", name, ("features",), "linear,large",
-                      {"outputs": "cls,tokens,tokens-257", "lr": 1e-3, "schedule": "constant", "standardize": "none"}),
+                      {"outputs": "cls,tokens,tokens-257", "optimizer": "adam", "lr": 1e-3, "schedule": "constant",
+                       "standardize": "none"}),
                 Network(f"{name}-cnn", name, "cnn-mindlina", {"lr": 1e-3}),
             )
         ),
