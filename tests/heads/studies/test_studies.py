@@ -380,3 +380,10 @@ def test_what_is_not_installed_is_said_before_anything_is_computed(name, options
     with pytest.raises(BadOption, match=says):
         run_study(name, out=tmp_path / "s", **options)
     assert not (tmp_path / "s").exists()
+
+
+def test_the_articles_heads_are_trained_as_in_the_article():
+    """Adam at 0.001 on the features as they are, not as these heads are trained by default."""
+    article = {"optimizer": "adam", "lr": 1e-3, "schedule": "constant", "standardize": "none"}
+    heads = [step for step in STUDIES["mindlina"].steps if isinstance(step, Heads)]
+    assert heads and all(step.options | article == step.options for step in heads)
