@@ -72,7 +72,8 @@ class Command(click.Command):
             if single and given.count(each) > 1 and not ctx.resilient_parsing:
                 name = max(each.opts, key=len)
                 raise click.UsageError(f"{name} takes one and is given {given.count(each)} times: leave one.", ctx)
-        if words and not any(isinstance(each, click.Argument) for each in self.get_params(ctx)):
+        takes_words = any(isinstance(each, click.Argument) for each in self.get_params(ctx))
+        if words and not takes_words and self.get_help_option(ctx) not in given:
             option = next((each for each in reversed(args[: args.index(words[0])]) if each.startswith("-")), None)
             flags = {name for each in given if isinstance(each, click.Option) and each.is_flag for name in each.opts}
             taken = f"{option} takes {'none' if option in flags else 'one'}"

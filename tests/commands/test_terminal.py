@@ -197,6 +197,10 @@ def test_what_is_missing_or_too_much_is_named_with_what_belongs_there(command, s
     assert result.exit_code == 2 and says in " ".join(result.stderr.split())
 
 
+def test_help_is_shown_whatever_else_stands_there():
+    assert call("train-head", "linear", "--help").stdout == call("train-head", "--help").stdout
+
+
 KILLED_IN_A_BAR = """
 import os, signal
 from featurecache.formatting import byte_bar
