@@ -63,7 +63,7 @@ def select_setting(rows: Sequence[Row], select: str) -> Selection | None:
 def selection_key(rows: Sequence[Row], select: str) -> tuple[float, float]:
     """Smaller is better: the criterion, then NLL; a head that failed, or has no such measure, is last."""
     value, loss = mean_of(rows, select), mean_of(rows, "loss")
-    sign = -1 if select != "loss" and METRICS[select].higher else 1
+    sign = -1 if METRICS[measure_name(select)].higher else 1
     return (math.inf if math.isnan(value) else sign * value), (math.inf if math.isnan(loss) else loss)
 
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from featurecache.errors import BadOption
 from featurecache.files.records import canonical_json
 from heads.runs.run import hash_of
-from heads.settings import METRICS
+from heads.settings import METRICS, measure_name
 from heads.sweeps.grid import DIGITS, Range
 from heads.sweeps.journal import SEARCH, JournalFile
 from heads.sweeps.plan import PlannedFamily, SweepPlan, has_option
@@ -57,7 +57,7 @@ def search(plan: SweepPlan, family: PlannedFamily, folder: Path, train: Train) -
     assert spec.trials is not None and space
     fixed = {name: values[0] for name, values in spec.grid.items() if name not in space and isinstance(values, tuple)}
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    highest = select != "loss" and METRICS[select].higher
+    highest = METRICS[measure_name(select)].higher
     study = optuna.create_study(direction="maximize" if highest else "minimize")
     batches, name, start = JournalFile(folder / SEARCH, COLUMNS), _study_name(plan, family, space), 0
     while start < spec.trials:

@@ -25,7 +25,7 @@ from heads.metrics.calibration import CalibratedPredictions, calibrate
 from heads.metrics.classification import evaluate, mean_auroc
 from heads.models.catalogue import head_info, standardization
 from heads.runs.folder import read_whole_tensors, write_tensors
-from heads.settings import METRICS, Settings
+from heads.settings import METRICS, Settings, measure_name
 from heads.task import SplitData, Task
 from heads.training.batches import BalancedBatches, PlainBatches, sample_versions
 from heads.training.engine import Learner, SequentialTrainer, Trainer, count_right, run_epoch
@@ -246,7 +246,7 @@ def score_epoch(
     predictions = CalibratedPredictions(task.kind, logits, y, task.positive)
     val_loss, value = predictions.nll, selection_score(settings, task, predictions)
     head.schedule.after(val_loss)
-    goodness = (value if select != "loss" and METRICS[select].higher else -value, -val_loss)
+    goodness = (value if METRICS[measure_name(select)].higher else -value, -val_loss)
     if better := line["epoch"] >= first_eligible_epoch(settings) and goodness > head.best:
         head.best = goodness
     row = line | {"val_loss": val_loss, f"val_{select}": value}

@@ -25,7 +25,7 @@ from heads.models.solvers import SOLVERS, path_logits
 from heads.pixel_view import PixelView
 from heads.runs.records import AT_LIMIT
 from heads.runs.write import RunContents
-from heads.settings import EIGEN, METRICS, VARIED, Settings
+from heads.settings import EIGEN, METRICS, VARIED, Settings, measure_name
 from heads.splits import class_counts
 from heads.task import FeatureView, Say, SplitData, Standardize, clusters_of
 from heads.training.batches import loss_and_prior
@@ -204,7 +204,7 @@ def limit_note(trained: TrainedState) -> str | None:
         ended = settings.epochs - trained.epoch < max(settings.patience, 1)
     else:
         values = [row[f"val_{settings.select}"] for row in history]
-        sign = 1 if settings.select != "loss" and METRICS[settings.select].higher else -1
+        sign = 1 if METRICS[measure_name(settings.select)].higher else -1
         gain = min((sign * (values[-1] - value) for value in values[:-1]), default=math.inf)
         ended = trained.epoch == settings.epochs and gain > 1e-3
     best = f"(best: epoch {trained.epoch:,})"
