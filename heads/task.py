@@ -221,9 +221,9 @@ class Standardize:
     basis: torch.Tensor | None = None  # float32 [D, R], in which training sees them then (`heads.training.eigenbasis`)
 
     def __call__(self, x: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
-        """[B, ..., D] as stored -> float32 of the same shape, or in the basis; in ``out``, where that is given."""
+        """[B, ..., D] as stored -> float32 of the same shape, or [B, R]; without a basis in ``out``, if it is given."""
         if self.basis is not None:
-            return torch.matmul(replace(self, basis=None)(x), self.basis, out=out)
+            return replace(self, basis=None)(x) @ self.basis
         x = x.float() if out is None else out.copy_(x)
         if self.kind == "zscore":
             assert self.mean is not None and self.std is not None
@@ -317,14 +317,14 @@ class SplitData:
         room, values = room or Scratch(torch.float32), Scratch(torch.float32)
         stored = None if self.x is None else Scratch(self.x.dtype)
         for rows in order:
-            if self.device != "cpu":
+            if self.device != "cpu" or self.scale.basis is not None:
                 yield self.batch(rows)
                 continue
             if self.x is None or stored is None:
                 part = self.take(rows)
             else:
                 part = torch.index_select(self.x, 0, rows, out=stored(len(rows), self.x.shape[1:]))
-            x = room(len(rows), part.shape[1:] if self.scale.basis is None else self.scale.basis.shape[1:])
+            x = room(len(rows), part.shape[1:])
             if x.dtype == torch.float32:
                 self.scale(part, x)
             else:  # by float32, which is also the faster way from float16 to bfloat16
