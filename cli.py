@@ -271,8 +271,7 @@ def _splits_to_look_at(
 
     warnings: list[str] = []
     names = read_splits(splits, opened.ids, warnings)
-    for warning in warnings:
-        talk.say(f"warning    {warning}")
+    talk.warn(warnings)
     return opened, names, f"{training} --splits {shell_word(splits)}"
 
 

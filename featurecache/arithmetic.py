@@ -8,10 +8,9 @@ torch as a fresh process has it, with the products of float32 in float32 and wit
 from __future__ import annotations
 
 import contextlib
-import time
+import timeit
 from collections.abc import Callable, Iterator
 from functools import cache, partial
-from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # torch takes seconds to import: imported by what computes, not by who only names it
@@ -35,12 +34,6 @@ def _precision(backend: str, operation: str) -> _Switch:
     return partial(read, backend, operation), partial(change, backend, operation), value
 
 
-def _autocast(device: str) -> _Switch:
-    import torch
-
-    return partial(torch.is_autocast_enabled, device), partial(torch.set_autocast_enabled, device), False
-
-
 @cache
 def _switches() -> tuple[tuple[_Switch, ...], tuple[_Switch, ...]]:
     """Those of one operation each, and the older ones of several at once."""
@@ -53,7 +46,10 @@ def _switches() -> tuple[tuple[_Switch, ...], tuple[_Switch, ...]]:
     switches: tuple[_Switch, ...] = (
         *(_precision(backend, "all") for backend in ("generic", "cuda", "mkldnn")),
         *(_precision(backend, each) for backend in ("cuda", "mkldnn") for each in ("matmul", "conv", "rnn")),
-        *(_autocast(device) for device in ("cpu", "cuda", "mps")),
+        *(
+            (partial(torch.is_autocast_enabled, device), partial(torch.set_autocast_enabled, device), False)
+            for device in ("cpu", "cuda", "mps")
+        ),
         (torch.get_default_dtype, torch.set_default_dtype, torch.float32),
         # by torch._C: `torch.use_deterministic_algorithms` imports the compiler first, which takes a second
         (
@@ -153,24 +149,15 @@ def _factors() -> tuple[torch.Tensor, torch.Tensor]:
 @cache
 def onednn_gain() -> float:
     """How many times faster a product of float32 is by oneDNN; 0 where it has not float32's accuracy on this CPU."""
-    if not onednn_is_exact():
-        return 0.0
-    a, b = _factors()
-    with exact_arithmetic():
-        with onednn_products():
-            ours = _seconds(a, b)
-        return _seconds(a, b) / ours
-
-
-def _seconds(a: torch.Tensor, b: torch.Tensor) -> float:
-    """Of one product, the fastest of three."""
     from torch.nn import functional
 
-    times = [time.perf_counter()]
-    for _ in range(3):
-        functional.linear(a, b)
-        times.append(time.perf_counter())
-    return min(end - begin for begin, end in pairwise(times))
+    if not onednn_is_exact():
+        return 0.0
+    times = partial(timeit.repeat, partial(functional.linear, *_factors()), number=1, repeat=3)
+    with exact_arithmetic():
+        with onednn_products():
+            ours = min(times())
+        return min(times()) / ours
 
 
 def cpu_multiplies_bf16() -> bool:

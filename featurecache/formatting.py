@@ -13,7 +13,6 @@ import contextlib
 import csv
 import html
 import io
-import itertools
 import math
 import os
 import platform
@@ -26,6 +25,7 @@ import time
 import unicodedata
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from contextvars import ContextVar
+from functools import cache, partial
 from pathlib import Path
 from typing import IO, Any
 
@@ -47,6 +47,11 @@ _NUMBER = re.compile(r"'*[+-]?\d+(\.\d+)?([eE][+-]?\d+)?")
 
 def number(value: float | None, digits: int = 3) -> str:
     return "–" if value is None else f"{value:.{digits}f}"
+
+
+def exact_number(value: float) -> str:
+    """The shortest text that reads back as this very number, as a command has to: 0.001, 1e-05, 12, 1234567."""
+    return text if float(text := f"{value:g}") == value else repr(value)
 
 
 def size_text(size: float) -> str:
@@ -74,11 +79,8 @@ def timed_part(name: str) -> Iterator[None]:
 
 def parts_line(parts: Mapping[str, float], whole: float) -> str:
     """``imports 1.20 s, backbone 0.02 s, other 0.10 s; 1.32 s in all``."""
-    other = whole - sum(parts.values())
-    return (
-        ", ".join(f"{name} {taken:.2f} s" for name, taken in {**parts, "other": other}.items())
-        + f"; {whole:.2f} s in all"
-    )
+    taken = {**parts, "other": whole - sum(parts.values())}
+    return ", ".join(f"{name} {seconds:.2f} s" for name, seconds in taken.items()) + f"; {whole:.2f} s in all"
 
 
 def duration(seconds: float) -> str:
@@ -92,13 +94,9 @@ def shape_text(name: str, shape: tuple[int, ...]) -> str:
     return f"{name} [{'×'.join(map(str, shape))}]"
 
 
-def columns(rows: Iterable[tuple[str, str]], indent: int = 11) -> str:
+def columns(rows: Iterable[tuple[str, str]]) -> str:
     """``word       text`` lines; continuation lines of a text are indented like it."""
-    lines = []
-    for word, text in rows:
-        first, *rest = text.splitlines() or [""]
-        lines += [f"{word:<{indent}}{first}", *(" " * indent + line for line in rest)]
-    return "\n".join(lines)
+    return "\n".join(f"{word:<11}" + ("\n" + " " * 11).join(text.splitlines()) for word, text in rows)
 
 
 def aligned(
@@ -124,8 +122,7 @@ def aligned(
     tables = [["  ".join(format(row[i], pads[i]) for i in part).rstrip() for row in rows] for part in parts]
     if len(tables) > 1:  # a blank line between them, and none of a header that is folded elsewhere
         tables = [[*[""] * bool(number), *filter(None, table)] for number, table in enumerate(tables)]
-    lines = list(itertools.chain.from_iterable(tables))
-    return [" " * indent + line if line else line for line in lines]
+    return [" " * indent + line if line else line for table in tables for line in table]
 
 
 _LEAST, _SHORT = 24, 8  # characters, at least, of a column whose texts or whose header fold
@@ -218,10 +215,10 @@ def html_table(title: str, rows: Sequence[Sequence[str]]) -> str:
     return f"<p>{html.escape(title)}</p><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
 
 
-def first_of(rows: Sequence[Sequence[str]], more: str = "more", most: int = 10) -> list[str]:
-    """The first rows of foreign names as indented columns, and how many ``more`` there are."""
-    lines = aligned(one_line(rows[:most]), right=2, indent=2)
-    return [*lines, f"  … and {len(rows) - most:,} {more}"] if len(rows) > most else lines
+def first_of(rows: Sequence[Sequence[str]], more: str = "more") -> list[str]:
+    """The first ten rows of foreign names as indented columns, and how many ``more`` there are."""
+    lines = aligned(one_line(rows[:10]), right=2, indent=2)
+    return [*lines, f"  … and {len(rows) - 10:,} {more}"] if len(rows) > 10 else lines
 
 
 def join_names(names: Sequence[str]) -> str:
@@ -250,10 +247,9 @@ def harmless(text: str) -> str:
     """
     if text.isascii() and text.isprintable():
         return text
-    escaped = (
+    return "".join(
         c if c in "\n\t" or is_harmless(c) else c.encode("unicode_escape", "backslashreplace").decode() for c in text
     )
-    return "".join(escaped)
 
 
 def is_harmless(character: str) -> bool:
@@ -334,26 +330,6 @@ def progress_bar(total: int, progress: bool, what: str = "extract") -> tqdm:
     return _bar(total, what, progress, style, unit=" img", smoothing=0.1)
 
 
-def byte_bar(total: int, what: str, progress: bool) -> tqdm:
-    """The same over bytes."""
-    return _bar(total, what, progress, "{n_fmt}/{total_fmt}  {rate_fmt}  eta {remaining}", unit="B", unit_scale=True)
-
-
-def batch_bar(total: int, what: str, progress: bool) -> tqdm:
-    """The same over batches; none where they are done in two seconds."""
-    return _bar(total, what, progress, "{n:,}/{total:,} batches  eta {remaining}", delay=2)
-
-
-def work_bar(total: float, what: str, progress: bool) -> tqdm:
-    """The same over work of several kinds, in seconds that were estimated; its eta is by the mean pace so far."""
-    return _bar(total, what, progress, "eta {remaining}{postfix}", smoothing=0)
-
-
-def pair_bar(total: int, what: str, progress: bool) -> tqdm:
-    """The same over pairs of rows; none where they are compared in two seconds."""
-    return _bar(total, what, progress, "{n_fmt}/{total_fmt} pairs  eta {remaining}", unit_scale=True, delay=2)
-
-
 class _Bar(tqdm):
     """With a lock of this process alone: tqdm's own is shared with every process forked after the first bar, and one
     that is killed while it holds it would stop all others for good."""
@@ -370,6 +346,14 @@ def _bar(total: float, what: str, progress: bool, style: str, **options: Any) ->
     return _Bar(total=total, desc=what, disable=hidden, leave=False, dynamic_ncols=True, bar_format=style, **options)
 
 
+# The same over bytes; over batches and over pairs of rows, none where they are done in two seconds; over work of
+# several kinds, in seconds that were estimated: its eta is by the mean pace so far.
+byte_bar = partial(_bar, style="{n_fmt}/{total_fmt}  {rate_fmt}  eta {remaining}", unit="B", unit_scale=True)
+batch_bar = partial(_bar, style="{n:,}/{total:,} batches  eta {remaining}", delay=2)
+pair_bar = partial(_bar, style="{n_fmt}/{total_fmt} pairs  eta {remaining}", unit_scale=True, delay=2)
+work_bar = partial(_bar, style="eta {remaining}{postfix}", smoothing=0)
+
+
 def cost_per_image(cost: dict[str, Any] | None) -> str:
     """One line for people: ``12.3 ms/image forward (AMD EPYC, 2 threads, fp32), 0.81 ms loading``."""
     if cost is None:
@@ -381,6 +365,7 @@ def cost_per_image(cost: dict[str, Any] | None) -> str:
     return f"{milliseconds(cost['forward_ms'])} ms/image forward ({made}), {loading}{busy}"
 
 
+@cache
 def device_title(device: Any) -> str:
     """What a person calls it: the name of the GPU, or of the processor."""
     import torch

@@ -22,7 +22,7 @@ import math
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, reduce
 from typing import TYPE_CHECKING
 
 from featurecache.errors import OutputRefused, UnknownOutput, nearest
@@ -177,7 +177,4 @@ def _apply(taps: tuple[tuple[torch.Tensor, torch.Tensor], ...], x: torch.Tensor)
     """Resample dimension 1 of x [n, length, ...]."""
     shape = (-1,) + (1,) * (x.dim() - 2)
     terms = (x.index_select(1, index.to(x.device)).mul_(weight.to(x.device).view(shape)) for index, weight in taps)
-    total = next(terms)
-    for term in terms:
-        total += term
-    return total
+    return reduce(lambda total, term: total.add_(term), terms)

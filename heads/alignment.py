@@ -35,9 +35,8 @@ class AlignedViews:
         these splits of the first view instead of those in the data."""
         view, rows = self.views[0], self.rows[0]
         words = np.asarray(view.splits, dtype=str) if names is None else names
-        table = sorted(
-            zip(np.asarray(view.digests)[rows].tolist(), _label_texts(view, rows), words[rows].tolist(), strict=True)
-        )
+        columns = np.asarray(view.digests)[rows].tolist(), _label_texts(view, rows), words[rows].tolist()
+        table = sorted(zip(*columns, strict=True))
         return hashlib.blake2b(repr(table).encode(), digest_size=16).hexdigest()
 
 

@@ -101,9 +101,8 @@ def train_baseline(
     from featurecache.extraction.forward import pick_device
 
     say = say or (lambda line: None)
-    settings = network.settings_of(
-        arch, splits=splits, classes=classes, only=only, device=pick_device(device).type, **options
-    )
+    device = pick_device(device).type
+    settings = network.settings_of(arch, splits=splits, classes=classes, only=only, device=device, **options)
     pretrained = network.check_network(settings)
     view: PixelView = data
     if not isinstance(data, PixelView):
@@ -160,21 +159,23 @@ def open_run(path: str | Path, *, trust_code: bool = False, say: Say | None = No
     it. Raises RunError, also where a head that it might have chosen is damaged."""
     if not (Path(path) / RECORD).is_file():
         return load_run(path, trust_code=trust_code)
-    sweep = load_sweep(path)
-    _refuse_damaged(sweep)
-    if not sweep.families:
-        raise RunError(f"No head of the sweep {path} is finished and chosen yet; the same ablate command goes on.")
+    sweep = _chosen_heads(path)
     for name, why in sweep.unfinished.items():
         if say:
             say(f"warning    {name}: {why}")
     return load_run(sweep.best.path, trust_code=trust_code)
 
 
-def _refuse_damaged(sweep: Sweep) -> None:
-    """The choice among what is left would be another."""
-    if sweep.damaged:
+def _chosen_heads(path: str | Path, damaged: bool = False) -> Sweep:
+    """A sweep of which some head is chosen; ``damaged``: others may be, though the choice among all might be another.
+    Raises RunError."""
+    sweep = load_sweep(path)
+    if sweep.damaged and not damaged:
         name, why = next(iter(sweep.damaged.items()))
         raise RunError(f"{name} of the sweep {sweep.path}: {why} In a sweep the same ablate command does, too.")
+    if not sweep.families:
+        raise RunError(f"No head of the sweep {path} is finished and chosen yet; the same ablate command goes on.")
+    return sweep
 
 
 @takes(SweepOptions)
@@ -199,7 +200,7 @@ def ablate(
     if spec.search:
         check_installed()
     views = _open_views(features, cache, spec, data, progress, say)
-    ram = memory_for_features() / 1e9 if spec.base.ram is None else spec.base.ram
+    ram = memory_for_features(max(map(len, views))) / 1e9 if spec.base.ram is None else spec.base.ram
     plan = plan_sweep(views, spec, ram)
     if spec.search:
         check_search(plan)
@@ -318,13 +319,9 @@ def families_in(*paths: str | Path, trust_code: bool = False, left_out: list[str
         if not (Path(path) / RECORD).is_file():
             runs.append(load_run(path, trust_code=trust_code))
             continue
-        sweep = load_sweep(path)
-        if left_out is None:
-            _refuse_damaged(sweep)
-        else:
+        sweep = _chosen_heads(path, damaged=left_out is not None)
+        if left_out is not None:
             left_out += [f"left out: {name}: {why}" for name, why in (sweep.unfinished | sweep.damaged).items()]
-        if not sweep.families:
-            raise RunError(f"No head of the sweep {path} is finished and chosen yet; the same ablate command goes on.")
         families += sweep.families
     return [*families, *families_of(runs)]
 

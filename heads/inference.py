@@ -68,7 +68,7 @@ def predict_images(
     run.model  # noqa: B018  a head that does not load is found before the backbone is
     records: list[dict[str, Any]] = []
     source = run.config["view"].get("source") or {}
-    for part in _parts(iterate_images(images_of(images), columns, source.get("page"))):
+    for part in in_parts(iterate_images(images_of(images), columns, source.get("page")), _bytes_of, HELD):
         records += _predict_part(run, part, device, weights)
     if say:
         failed = sum("error" in record for record in records)
@@ -104,7 +104,7 @@ def iterate_images(
 ) -> Iterator[NewImage]:
     """Each image as encoded bytes or array, or the reason why it cannot be read; of DICOM each frame. ``page``: see
     `featurecache.open_source`."""
-    from featurecache.sources.addresses import mirrored_source
+    from featurecache.sources import mirrored_source
     from featurecache.sources.base import read_file
     from featurecache.sources.dicom_frames import images_in_file
     from featurecache.sources.in_memory import encoded_of_pil, is_pil
@@ -172,15 +172,18 @@ def _read(reader: Callable[[], EncodedImage]) -> EncodedImage | str:
         return str(error)
 
 
-def _parts(images: Iterable[NewImage]) -> Iterator[list[NewImage]]:
-    """In pieces of at most about ``HELD``."""
-    part: list[NewImage] = []
+def _bytes_of(image: NewImage) -> int:
+    return image.data.nbytes if isinstance(image.data, np.ndarray) else len(image.data)
+
+
+def in_parts(images: Iterable[Any], size_of: Callable[[Any], int], most: tuple[int, int]) -> Iterator[list[Any]]:
+    """In pieces of at most about ``most``: sizes together, and images."""
+    part: list[Any] = []
     size = 0
     for image in images:
         part.append(image)
-        data = image.data
-        size += data.nbytes if isinstance(data, np.ndarray) else len(data)
-        if size >= HELD[0] or len(part) >= HELD[1]:
+        size += size_of(image)
+        if size >= most[0] or len(part) >= most[1]:
             yield part
             part, size = [], 0
     if part:
@@ -228,9 +231,8 @@ def store_of(run: Run) -> SimpleNamespace:
     """What new images are computed like: the store of a run, which need not be there any more."""
     view = run.config["view"]
     own = {name: run.config[name] for name in ("spec", "provenance")}
-    return SimpleNamespace(
-        **own, label=view["label"], store=local_place(view["path"]).parent
-    )  # for its plan and canary
+    store = local_place(view["path"]).parent  # for its plan and canary
+    return SimpleNamespace(**own, label=view["label"], store=store)
 
 
 def prediction_records(run: Run, logits: np.ndarray) -> list[dict[str, Any]]:

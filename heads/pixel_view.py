@@ -38,7 +38,7 @@ class PixelView:
     """The N images of a dataset that can be read, uint8 [N,3,h,w]; in memory, or beyond it in a temporary file."""
 
     versions = augmented = None
-    untrained = imported = False
+    untrained = False
 
     def __init__(
         self, dataset: Dataset, preprocess: Preprocess, baselines: Sequence[str] = (), *, progress: bool = False
@@ -88,9 +88,6 @@ class PixelView:
 
     def __len__(self) -> int:
         return len(self.ids)
-
-    def split(self, name: str) -> np.ndarray:
-        return np.flatnonzero(self.splits == name)
 
     def copies(self, rows: Any = None) -> np.ndarray:
         """int64 [n, 1]: there are no stored copies; baselines draw theirs anew in every step."""

@@ -61,8 +61,8 @@ def measure_name(select: str) -> str:
 STANDARDIZE = ("none", "zscore", "l2")
 # What heads that are trained together may differ in.
 VARIED = (
-    "lr", "weight_decay", "seed", "dropout", "label_smoothing", "class_weights", "optimizer", "schedule", "augment",
-    "epochs", "warmup", "clip_norm",
+    "lr", "weight_decay", "seed", "dropout", "label_smoothing", "optimizer", "schedule", "augment", "epochs", "warmup",
+    "clip_norm",
 )  # fmt: skip
 EIGEN = "adam-eigen"
 OF_HEAD = ("epochs", "lr", "patience", "optimizer", "schedule")  # whose defaults a head may have of its own
@@ -286,7 +286,7 @@ def takes(options: Any) -> Callable[[F], F]:
     return change
 
 
-OF_STEPS = (*VARIED, "batch_size", "precision", "pos_weight", "gated")  # nothing to a head that is solved
+OF_STEPS = (*VARIED, "class_weights", "batch_size", "precision", "pos_weight", "gated")  # nothing to a solved head
 TABLE: dict[str, Field[Any]] = {each.name: each for each in fields(Settings) if each.metadata}
 
 

@@ -22,9 +22,8 @@ def connected_units(digests: np.ndarray, groups: list[str] | None) -> np.ndarray
 
     names, of = np.unique(np.asarray(groups, dtype=str), return_inverse=True)
     rows = np.flatnonzero(names[of] != "")
-    links = [(np.arange(n), n + images), (rows, n + len(first) + of[rows])]
     nodes = n + len(first) + len(names)
-    start, end = np.concatenate([a for a, _ in links]), np.concatenate([b for _, b in links])
+    start, end = np.concatenate([np.arange(n), rows]), np.concatenate([n + images, n + len(first) + of[rows]])
     graph = coo_array((np.ones(len(start), dtype=np.int8), (start, end)), shape=(nodes, nodes))
     return connected_components(graph, directed=False)[1][:n]
 

@@ -47,7 +47,6 @@ class FeatureView(Protocol):
     versions: Any
     augmented: Any
     untrained: bool
-    imported: bool
 
     def __len__(self) -> int: ...
 
@@ -64,9 +63,6 @@ class FeatureView(Protocol):
     def info(self, output: str) -> Layout: ...
 
     def has(self, output: str) -> bool: ...
-
-    def split(self, name: str) -> np.ndarray:
-        """int64 [n]: rows of a split."""
 
     def copies(self, rows: Any = None) -> np.ndarray:
         """int64 [n,V]: rows of the V versions of each image, the plain one first."""
@@ -108,14 +104,14 @@ class Task:
 
 def clusters_of(view: FeatureView, rows: np.ndarray | None = None) -> np.ndarray:
     """int64 [N]: rows (all, or only ``rows``) that share a digest or a group share a number."""
-    rows = np.arange(len(view.ids)) if rows is None else rows
+    rows = np.arange(len(view)) if rows is None else rows
     groups = None if view.groups is None else [view.groups[i] for i in rows]
     return connected_units(np.asarray(view.digests)[rows], groups).astype(np.int64)
 
 
 def plain_rows(view: FeatureView) -> np.ndarray:
     """bool [N]: rows that are no augmented copies, which a reader that does not ask for them does not get."""
-    return np.ones(len(view.ids), dtype=bool) if view.versions is None else np.asarray(view.versions) == 0
+    return np.ones(len(view), dtype=bool) if view.versions is None else np.asarray(view.versions) == 0
 
 
 def is_labelled(labels: np.ndarray) -> np.ndarray:
@@ -146,9 +142,6 @@ def task_of(
 
 def _single_label(view: FeatureView, groups: list[tuple[str, list[str]]], positive: str | None) -> Task:
     spans = [sorted(view.classes.index(member) for member in members) for _, members in groups]
-    recode = np.full(len(view.classes) + 1, -1, dtype=np.int64)  # the last entry serves label -1
-    for new, old in enumerate(spans):
-        recode[old] = new
     names = tuple(name for name, _ in groups)
     if len(names) < 2:
         raise ProtocolError(
@@ -163,7 +156,15 @@ def _single_label(view: FeatureView, groups: list[tuple[str, list[str]]], positi
         near = nearest(positive, names)
         raise BadOption(f"--positive {positive} is not a class of this task: {', '.join(names)}.{near}")
     index = None if kind != "binary" else 1 if positive is None else names.index(positive)
-    return Task(kind, names, recode[np.asarray(view.labels, dtype=np.int64)], index)
+    return Task(kind, names, renumber_labels(view, spans), index)
+
+
+def renumber_labels(view: FeatureView, groups: Sequence[Sequence[int]]) -> np.ndarray:
+    """int64 [N]: of each row the place in ``groups`` of its class (numbers of the view); -1 where in none."""
+    places = np.full(len(view.classes) + 1, -1, dtype=np.int64)  # the last entry serves label -1
+    for place, members in enumerate(groups):
+        places[[*members]] = place
+    return places[np.asarray(view.labels, dtype=np.int64)]
 
 
 def _multilabel(

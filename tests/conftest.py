@@ -24,7 +24,8 @@ INTEGRATION = {  # whole files: they load models, train or start processes; sing
     "backbones": "certificate grey_networks remembered state_dicts timm_models torchvision_models transformers_generic "
     "transformers_models vision_towers weights",
     "commands": "cli",
-    "extraction": "bits cache_miss canary cost digest_cache extraction forward incremental plan ray remote_extraction",
+    "extraction": "bits cache_miss canary cost digest_cache extraction forward incremental pipeline plan ray "
+    "remote_extraction",
     "heads": "inference",
     "heads/evaluation": "comparison external",
     "heads/explanations": "explain explain_backbones",

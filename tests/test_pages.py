@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from click.testing import CliRunner
+from support.command import call
 
 import cli
 
@@ -236,7 +236,7 @@ def play(page: Path, *, numbers: bool = False) -> list[str]:
 
 def differs(command: str, shown: list[str], numbers: bool) -> list[str]:
     """A line that is shown below a command and does not come when it runs."""
-    result = CliRunner().invoke(cli.main, shlex.split(command)[1:])
+    result = call(*shlex.split(command)[1:])
     if result.exit_code != any(line.startswith("error:") for line in shown):
         return [f"{command}\n\nends with {result.exit_code}: {result.output} {result.exception!r}"]
     written = result.output.splitlines()
@@ -281,7 +281,7 @@ def test_the_pages_run_as_they_stand(here: Path) -> None:
     own = ["info --backbone python:my_networks:chest_net"]
     own += ["train-head --head python:my_heads:Squeezed --features vit-demo/chest --epochs 1 --no-controls"]
     for command in own:
-        result = CliRunner().invoke(cli.main, shlex.split(command))
+        result = call(*shlex.split(command))
         assert result.exit_code == 0, result.output
 
 
@@ -294,7 +294,7 @@ def test_the_numbers_shown_are_those_of_the_real_images(here: Path, real_data: P
 
 @pytest.mark.integration
 def test_the_demo_says_what_its_numbers_are_worth(here: Path) -> None:
-    result = CliRunner().invoke(cli.main, ["demo"])
+    result = call("demo")
     assert result.exit_code == 0, result.output
     assert "these numbers show that the tool works, not what a backbone can do" in result.stdout
     table = result.stdout.split("what it costs")[0]

@@ -13,7 +13,7 @@ Axis letters: B batch, T tokens, D width, C channels (of pixels 3, of grey image
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -28,6 +28,7 @@ from featurecache.backbones.weights import split_weights
 from featurecache.errors import OutputRefused
 from featurecache.images.preprocessing import Preprocess
 
+SAME = 1e-3  # relative L2 that other images of the batch may cost in float32; dropout costs 0.1 and more
 OUTPUTS = ("cls", "pooler", "gap", "mean", "tokens")
 # Networks that pool in their forward and not by a module: where their map comes out, and what is done to it first.
 _MAPS = {"DenseNet": "features", "MobileNetV2": "features", "ShuffleNetV2": "conv5", "MNASNet": "layers"}
@@ -113,6 +114,11 @@ def freeze(network: nn.Module) -> nn.Module:
     return network.eval().requires_grad_(False)
 
 
+def relative_l2(one: torch.Tensor, other: torch.Tensor) -> float:
+    """‖one − other‖ / ‖other‖ of tensors of one shape; at most `SAME` of the same image twice."""
+    return float((one - other).norm() / other.norm().clamp_min(1e-30))
+
+
 @contextmanager
 def torch_seed(seed: int) -> Iterator[None]:
     """torch's generator for an initialisation; put back afterwards as it was."""
@@ -139,10 +145,7 @@ class Tokens(nn.Module):
         read = {name: blocks[index] for name, index in earlier_blocks(want).items()}
         if self.output:
             read["tokens"] = self.network.get_submodule(self.output)
-        outputs: dict[str, torch.Tensor] = {}
-        with ExitStack() as hooks:
-            for name, module in read.items():
-                hooks.enter_context(module.register_forward_hook(partial(_store_output, outputs, name)))
+        with store_outputs(read) as outputs:
             last = self.network(pixels, **self.options)
         norm = self.network.get_submodule(self.norm) if self.norm else nn.Identity()
         result = {name: norm(outputs[name]) for name in read if name != "tokens"}
@@ -157,8 +160,18 @@ def earlier_blocks(want: set[str]) -> dict[str, int]:
     return {name: int(name.removeprefix("tokens@")) for name in want if name.startswith("tokens@")}
 
 
-def _store_output(outputs: dict[str, torch.Tensor], name: str, _: nn.Module, __: Any, output: Any) -> None:
-    outputs[name] = output[0] if isinstance(output, tuple) else output
+@contextmanager
+def store_outputs(modules: Mapping[str, nn.Module]) -> Iterator[dict[str, torch.Tensor]]:
+    """Name of a module -> what it gives, of several tensors the first, when the network runs inside the block."""
+    outputs: dict[str, torch.Tensor] = {}
+
+    def store(name: str, _: nn.Module, __: Any, output: Any) -> None:
+        outputs[name] = output[0] if isinstance(output, tuple) else output
+
+    with ExitStack() as hooks:
+        for name, module in modules.items():
+            hooks.enter_context(module.register_forward_hook(partial(store, name)))
+        yield outputs
 
 
 class FeatureMap(nn.Module):
@@ -189,6 +202,7 @@ class TimmTokens(Tokens):
         if earlier:
             indices = sorted(set(earlier.values()))
             options = {"return_prefix_tokens": True} if self.prefix else {}
+            # timm's own way: a block may give more than its tokens (TNT's begin with those of its pixels)
             last, outputs = network.forward_intermediates(
                 pixels, indices=indices, norm=True, output_fmt="NLC", **options
             )
@@ -239,12 +253,9 @@ class PooledMap(nn.Module):
 
     def map_gap_logits(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """(map [B,C,h,w], gap [B,·], logits [B,·]) of the network's own forward."""
-        tensors: dict[str, torch.Tensor] = {}
         network = self.network
-        with ExitStack() as hooks:
-            if self.inside:
-                after = partial(_store_output, tensors, "map")
-                hooks.enter_context(network.get_submodule(self.inside).register_forward_hook(after))
+        inside = {"map": network.get_submodule(self.inside)} if self.inside else {}
+        with store_outputs(inside) as tensors, ExitStack() as hooks:
             for name, path in (("map", self.pool), ("gap", self.tail[0])):
                 if path:
                     before = lambda _, inputs, name=name: tensors.update({name: inputs[0]})  # noqa: E731

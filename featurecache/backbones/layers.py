@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from functools import partial
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -24,14 +25,12 @@ def layer_rows(network: nn.Module, run: nn.Module, size: tuple[int, int, int]) -
     """Records with ``name``, ``class``, ``shape`` ([] where it is not known), ``copies``, ``parameters`` and
     ``trainable`` of one copy, ``depth`` from 0. ``run`` takes pixels of ``size`` [C,h,w] through ``network``."""
     shapes: dict[str, list[int]] = {}
-    hooks = [part.register_forward_hook(partial(_note, shapes, name)) for name, part in network.named_modules()]
-    device = next(network.parameters()).device
-    try:
-        with torch.no_grad(), contextlib.suppress(RuntimeError, NotImplementedError, ValueError):
-            run(torch.zeros(1, *size, device=device), {"tokens"})
-    finally:
-        for hook in hooks:
-            hook.remove()
+    pixels = torch.zeros(1, *size, device=next(network.parameters()).device)
+    with contextlib.ExitStack() as hooks, torch.no_grad():
+        for name, part in network.named_modules():
+            hooks.enter_context(part.register_forward_hook(partial(_note, shapes, name)))
+        with contextlib.suppress(RuntimeError, NotImplementedError, ValueError):
+            run(pixels, {"tokens"})
     for deepest in range(DEEPEST, 0, -1):
         rows = list(_rows(network, "", shapes, 0, deepest))
         if len(rows) <= MOST:
@@ -64,7 +63,10 @@ def _rows(
     for name, value in module.named_parameters(recurse=False):
         if depth == 0 or list(module.children()):
             yield _row(f"{path}{name}", "parameter", list(value.shape), [value], 1, depth)
-    for first, last, count, child in _alike(module):
+    # of children with numbers for names those that are alike share a row
+    alike = groupby(module.named_children(), lambda each: str(each[1]) if each[0].isdecimal() else each[0])
+    for children in (list(group) for _, group in alike):
+        (first, child), (last, _), count = children[0], children[-1], len(children)
         if not (values := list(child.parameters())):
             continue
         own, below = f"{path}{first}", depth + 1
@@ -83,14 +85,3 @@ def _row(
     trainable = sum(value.numel() for value in values if value.requires_grad)
     counts = {"parameters": sum(value.numel() for value in values), "trainable": trainable}
     return {"name": name, "class": kind, "shape": shape, "copies": copies, **counts, "depth": depth}
-
-
-def _alike(module: nn.Module) -> Iterator[tuple[str, str, int, nn.Module]]:
-    """(first name, last name, how many, the first) of children that have a number for a name and are alike."""
-    group: list[tuple[str, nn.Module]] = []
-    for name, child in [*module.named_children(), ("", None)]:
-        if group and (child is None or not name.isdecimal() or str(child) != str(group[0][1])):
-            yield group[0][0], group[-1][0], len(group), group[0][1]
-            group = []
-        if child is not None:
-            group.append((name, child))

@@ -25,9 +25,6 @@ if TYPE_CHECKING:
     from PIL import Image
 
 
-PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
-
-
 def from_processor(processor: Any, channels: int = 3, fit: str = "model") -> Preprocess:
     """Read the settings of a transformers image processor of the torchvision backend, for a network of ``channels``.
     ``fit``: one that pads behind its normalisation (SAM's) is read only where images shall be made to fit otherwise.
@@ -205,8 +202,8 @@ def choose_processor(
 
 def has_processor(folder: Path) -> bool:
     """Whether a preprocessor_config.json is there, or a processor_config.json that has the image processor in it."""
-    nested = folder / PROCESSOR_FILES[1]
-    return (folder / PROCESSOR_FILES[0]).is_file() or (
+    nested = folder / "processor_config.json"
+    return (folder / "preprocessor_config.json").is_file() or (
         nested.is_file() and "image_processor" in json.loads(nested.read_text(encoding="utf-8"))
     )
 

@@ -43,7 +43,6 @@ class StateDict:
 
     path: Path
     tensors: Tensors
-    name: str = ""  # of the set that was asked for
     notes: tuple[str, ...] = ()
 
     @property
@@ -52,6 +51,12 @@ class StateDict:
 
     def noted(self, *notes: str) -> StateDict:
         return replace(self, notes=(*self.notes, *notes))
+
+    def part(self, names: Mapping[str, str], *notes: str) -> StateDict:
+        """The tensors of ``names`` under their new ones; the others are set aside, which is said behind ``notes``."""
+        aside = [name for name in self.tensors if name not in names]
+        notes = (*notes, f"{len(aside)} tensors set aside: {first_names(aside)}") if aside else notes
+        return replace(self, tensors={new: self.tensors[name] for name, new in names.items()}).noted(*notes)
 
     def fitted(self, title: str, own: Mapping[str, torch.Tensor], children: Iterable[str] = ()) -> StateDict:
         """In the names of the network whose tensors are ``own``: spelled so, without what its names stand behind.
@@ -73,11 +78,11 @@ class StateDict:
         rivals = sorted(prefix for prefix, count in prefixes[how].items() if 2 * count >= most)
         prefix, why = self._chosen_prefix(title, rivals)
         inside = tuple(each for each in rivals if each.startswith(prefix) and each != prefix)  # of another set
-        aside = [name for name in spellings[how] if not name.startswith(prefix) or name.startswith(inside)]
-        tensors = {k.removeprefix(prefix): v for k, v in spellings[how].items() if k not in set(aside)}
+        names = [name for name in spellings[how] if name.startswith(prefix) and not name.startswith(inside)]
         notes = [f"names of {how}"] * bool(how)
         notes += [f"the network under {prefix or 'no prefix'}{why}"] if prefix or why else []
-        return replace(self, tensors=tensors).noted(*notes, *_set_aside(aside))
+        spelt = replace(self, tensors=spellings[how])
+        return spelt.part({name: name.removeprefix(prefix) for name in names}, *notes)
 
     def fitted_part(self, title: str, part: str, own: Mapping[str, torch.Tensor]) -> StateDict:
         """As `fitted`, of the ``part`` (``vit``, ``vision_model``) as which a classifier or a CLIP has the network."""
@@ -87,14 +92,8 @@ class StateDict:
         if len(prefixes - {f"{part}."}) > 1 or not prefixes:
             return self.fitted(title, own)
         prefix = f"{part}." if f"{part}." in prefixes else prefixes.pop()
-        tensors = {k.removeprefix(prefix): v for k, v in checkpoint.tensors.items() if k.startswith(prefix)}
-        aside = [name for name in checkpoint.tensors if not name.startswith(prefix)]
-        return replace(checkpoint, tensors=tensors).noted(*_set_aside(aside))
-
-    def only_under(self, prefix: str) -> StateDict:
-        """What stands behind ``prefix``, under its whole names."""
-        tensors = {name: tensor for name, tensor in self.tensors.items() if name.startswith(prefix)}
-        return replace(self, tensors=tensors).noted(*_set_aside([name for name in self.tensors if name not in tensors]))
+        names = [name for name in checkpoint.tensors if name.startswith(prefix)]
+        return checkpoint.part({name: name.removeprefix(prefix) for name in names})
 
     def _chosen_prefix(self, title: str, prefixes: list[str]) -> tuple[str, str]:
         """(the prefix that is meant, what else there is, as words)"""
@@ -120,10 +119,8 @@ class StateDict:
         first = {name.partition(".")[0] for name in own}
         masked = "cls_token" in first and not any(name.startswith("decoder") for name in self.tensors)
         first |= {"mask_token"} if masked else set()
-        parts = [name for name in self.tensors if _TRAINING_PART.match(name) or name.startswith(heads)]
-        aside = [name for name in parts if name.partition(".")[0] not in first]
-        tensors = {name: tensor for name, tensor in self.tensors.items() if name not in set(aside)}
-        return replace(self, tensors=tensors).noted(*_set_aside(aside))
+        parts = {name for name in self.tensors if _TRAINING_PART.match(name) or name.startswith(heads)}
+        return self.part({k: k for k in self.tensors if k not in parts or k.partition(".")[0] in first})
 
 
 def select_state_dict(path: Path, data: Any, name: str = "") -> StateDict:
@@ -149,7 +146,7 @@ def select_state_dict(path: Path, data: Any, name: str = "") -> StateDict:
         key = next(iter(sets), "")
     if key and not _holds_tensors(sets[key]) and any(isinstance(value, Mapping) for value in sets[key].values()):
         return select_state_dict(path, sets[key], "" if name == key else name)  # one wrapper inside another
-    checkpoint = StateDict(path, _named_tensors(path, sets[key] if key else data), name)
+    checkpoint = StateDict(path, _named_tensors(path, sets[key] if key else data))
     size = len(checkpoint.tensors)
     others = [k for k, v in sets.items() if k != key and 2 * sum(map(torch.is_tensor, v.values())) >= size]
     if name and name != key:
@@ -182,14 +179,13 @@ def _part(checkpoint: StateDict, name: str, others: list[str]) -> StateDict:
     cut = re.compile(rf"(?:^|.*?\.){re.escape(name)}\.(.+)$")
     first = [key for key in checkpoint.tensors if key.startswith(f"{name}.")]  # where names begin so, these alone
     matches = {key: cut.match(key) for key in first or checkpoint.tensors}
-    part = {match[1]: checkpoint.tensors[key] for key, match in matches.items() if match}
-    if not part:
+    names = {key: match[1] for key, match in matches.items() if match}
+    if not names:
         starts = {key.partition(".")[0] for key in checkpoint.tensors}
         raise WeightsDoNotFit(
             f'{checkpoint.path} holds no weights "{name}"; there are {first_names([*others, *starts], 6)}'
         )
-    aside = [key for key in checkpoint.tensors if not matches.get(key)]
-    return replace(checkpoint, tensors=part).noted(f"{name}, as asked", *_set_aside(aside))
+    return checkpoint.part(names, f"{name}, as asked")
 
 
 def _preferred(names: Iterable[str]) -> tuple[str, str] | None:
@@ -211,10 +207,6 @@ def _holds_tensors(values: Mapping[Any, Any]) -> bool:
 def _choices(path: Path, names: Iterable[str]) -> str:
     names = list(names)
     return f"{first_names(names)}; --weights {shell_word(f'{path.name}:{sorted(names)[0]}')}"
-
-
-def _set_aside(names: list[str]) -> list[str]:
-    return [f"{len(names)} tensors set aside: {first_names(names)}"] * bool(names)
 
 
 def common_names(tensors: Tensors, own: Mapping[str, torch.Tensor]) -> int:
@@ -243,25 +235,21 @@ def _numbers_as_names(tensors: Tensors, own: Mapping[str, torch.Tensor], childre
     return {names.get(name, name): tensor for name, tensor in tensors.items()}
 
 
-_OLD_DENSENET = re.compile(r"(denselayer\d+\.(?:norm|relu|conv))\.([12]\.\w+)$")  # "norm.1.weight": before 0.3
-_WRAPPED = re.compile(r"(^|\.)(?:(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.)+")  # within names
-_SEGMENT_ANYTHING = re.compile(r"(^|\.)blocks\.(\d+)\.mlp\.lin([12])\.")  # SAM, MedSAM, LVM-Med
-_BLOCK_CHUNKS = re.compile(r"(^|\.)blocks\.\d+\.(\d+)\.")  # DINOv2 trains with blocks in chunks, for FSDP
 _FACEBOOK = (  # as transformers' convert_dinov2_to_hf.py renames them
-    (re.compile(r"(^|\.)blocks\.(?:\d+\.)?(\d+)\."), r"\1encoder.layer.\2."),
-    (re.compile(r"\.attn\.proj\."), ".attention.output.dense."),
-    (re.compile(r"\.ls([12])\.gamma$"), r".layer_scale\1.lambda1"),
-    (re.compile(r"\.mlp\.w12\."), ".mlp.weights_in."),
-    (re.compile(r"\.mlp\.w3\."), ".mlp.weights_out."),
-    (re.compile(r"(^|\.)norm\."), r"\1layernorm."),
-    (re.compile(r"(^|\.)(cls_token|mask_token|register_tokens)$"), r"\1embeddings.\2"),
-    (re.compile(r"(^|\.)pos_embed$"), r"\1embeddings.position_embeddings"),
-    (re.compile(r"(^|\.)patch_embed\.proj\."), r"\1embeddings.patch_embeddings.projection."),
+    (r"(^|\.)blocks\.(?:\d+\.)?(\d+)\.", r"\1encoder.layer.\2."),
+    (r"\.attn\.proj\.", ".attention.output.dense."),
+    (r"\.ls([12])\.gamma$", r".layer_scale\1.lambda1"),
+    (r"\.mlp\.w12\.", ".mlp.weights_in."),
+    (r"\.mlp\.w3\.", ".mlp.weights_out."),
+    (r"(^|\.)norm\.", r"\1layernorm."),
+    (r"(^|\.)(cls_token|mask_token|register_tokens)$", r"\1embeddings.\2"),
+    (r"(^|\.)pos_embed$", r"\1embeddings.position_embeddings"),
+    (r"(^|\.)patch_embed\.proj\.", r"\1embeddings.patch_embeddings.projection."),
 )
 
 
-def _renamed(pattern: re.Pattern[str], replacement: str) -> Callable[[Tensors], Tensors]:
-    return lambda tensors: {pattern.sub(replacement, name): tensor for name, tensor in tensors.items()}
+def _renamed(pattern: str, replacement: str) -> Callable[[Tensors], Tensors]:
+    return lambda tensors: {re.sub(pattern, replacement, name): tensor for name, tensor in tensors.items()}
 
 
 def _transformers_dinov2(tensors: Tensors) -> Tensors:
@@ -272,7 +260,7 @@ def _transformers_dinov2(tensors: Tensors) -> Tensors:
     renamed: Tensors = {}
     for name, tensor in tensors.items():
         for pattern, replacement in _FACEBOOK:
-            name = pattern.sub(replacement, name)
+            name = re.sub(pattern, replacement, name)
         if ".attn.qkv." in name:
             for part, third in zip(("query", "key", "value"), tensor.chunk(3), strict=False):
                 renamed[name.replace(".attn.qkv.", f".attention.attention.{part}.")] = third
@@ -283,11 +271,16 @@ def _transformers_dinov2(tensors: Tensors) -> Tensors:
 
 SPELLINGS: dict[str, Callable[[Tensors], Tensors]] = {  # whose names -> into those of the library; first one as it is
     "": lambda tensors: tensors,
-    "DenseNet before torchvision 0.3": _renamed(_OLD_DENSENET, r"\1\2"),
-    "compiled, sharded or checkpointed parts": _renamed(_WRAPPED, r"\1"),
-    "DINOv2's training": _renamed(_BLOCK_CHUNKS, r"\1blocks.\2."),
+    # "norm.1.weight"
+    "DenseNet before torchvision 0.3": _renamed(r"(denselayer\d+\.(?:norm|relu|conv))\.([12]\.\w+)$", r"\1\2"),
+    "compiled, sharded or checkpointed parts": _renamed(
+        r"(^|\.)(?:(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.)+", r"\1"
+    ),
+    # blocks in chunks, for FSDP
+    "DINOv2's training": _renamed(r"(^|\.)blocks\.\d+\.(\d+)\.", r"\1blocks.\2."),
     "facebook's DINOv2": _transformers_dinov2,
-    "segment-anything": _renamed(_SEGMENT_ANYTHING, r"\1blocks.\2.mlp.fc\3."),
+    # SAM, MedSAM, LVM-Med
+    "segment-anything": _renamed(r"(^|\.)blocks\.(\d+)\.mlp\.lin([12])\.", r"\1blocks.\2.mlp.fc\3."),
 }
 
 # A name that shows whose network a file is of -> the words for it, and the form of backbone that takes it.
@@ -321,33 +314,23 @@ def foreign_names(tensors: Mapping[str, torch.Tensor], library: str, own: Iterab
     for pattern, (words, form) in _FOREIGN.items():
         there, here = (any(re.search(pattern, name) for name in names) for names in (tensors, own))
         if there and not here and (own or not form.startswith(f"{library}:")):
-            name = form.format(vit=_vit_name(tensors), size=_size_name(tensors), clip=_clip_name(tensors))
-            return f". They bear {words}: try --backbone {name}"
+            return f". They bear {words}: try --backbone {form.format(**_timm_names(tensors))}"
     return ""
 
 
-def _size_name(tensors: Mapping[str, torch.Tensor]) -> str:
-    patches = [
-        value for name, value in tensors.items() if name.endswith(("patch_embed.proj.weight", "visual.conv1.weight"))
-    ]
-    return _VIT_WIDTHS.get(len(patches[0]), "base") if patches else "base"
-
-
-def _clip_name(tensors: Mapping[str, torch.Tensor]) -> str:
-    patches = [value.shape[-1] for name, value in tensors.items() if name.endswith("visual.conv1.weight")]
-    return f"vit_{_size_name(tensors)}_patch{(*patches, 16)[0]}_clip_quickgelu_224"
-
-
-def _vit_name(tensors: Mapping[str, torch.Tensor]) -> str:
-    """timm's name of a vision transformer, by the shapes of its patches and positions."""
-    patches = [value for name, value in tensors.items() if name.endswith("patch_embed.proj.weight")]
+def _timm_names(tensors: Mapping[str, torch.Tensor]) -> dict[str, str]:
+    """What timm calls a vision transformer (``vit``), a CLIP's (``clip``) and the ``size`` of either, by the shapes of
+    patches and positions."""
+    patches = [v for name, v in tensors.items() if name.endswith(("patch_embed.proj.weight", "visual.conv1.weight"))]
     places = [value for name, value in tensors.items() if name.endswith("pos_embed") and "decoder" not in name]
-    if not patches or patches[0].dim() != 4 or len(patches[0]) not in _VIT_WIDTHS:
-        return "NAME"
-    patch = patches[0].shape[-1]
-    side = int(max(places[0].shape[-2] - 1, 0) ** 0.5) * patch if places and places[0].dim() == 3 else 224
-    dinov2 = patch == 14 and any(name.endswith(".ls1.gamma") for name in tensors)
-    return f"vit_{_size_name(tensors)}_patch{patch}_{'dinov2' if dinov2 else side}"
+    size = _VIT_WIDTHS.get(len(patches[0]), "base") if patches else "base"
+    patch = patches[0].shape[-1] if patches else 16
+    names = {"size": size, "clip": f"vit_{size}_patch{patch}_clip_quickgelu_224", "vit": "NAME"}
+    if patches and patches[0].dim() == 4 and len(patches[0]) in _VIT_WIDTHS:
+        side = int(max(places[0].shape[-2] - 1, 0) ** 0.5) * patch if places and places[0].dim() == 3 else 224
+        dinov2 = patch == 14 and any(name.endswith(".ls1.gamma") for name in tensors)
+        names["vit"] = f"vit_{size}_patch{patch}_{'dinov2' if dinov2 else side}"
+    return names
 
 
 def other_shapes(state: Mapping[str, torch.Tensor], own: Mapping[str, torch.Tensor]) -> list[str]:

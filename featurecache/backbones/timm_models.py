@@ -9,27 +9,30 @@ the class token nor the mean of the patches. One that does not say which rows ar
 Weights are read without running code, then renamed and loaded by timm itself, strictly. Settings saved with them lead
 nowhere: no address, no file, no code of theirs is followed. The classifier is taken away. A folder whose settings say
 one channel is fed grey images, normalised as timm's loaders do it: by the average of the three constants of RGB.
+
+Axis letters: B batch, T tokens, D width, C channels, h and w the sides of a map.
 """
 
 from __future__ import annotations
 
+import inspect
 import math
 import statistics
 import warnings
-from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
 
 import torch
+from torch import nn
 
 from featurecache.backbones.aliases import Alias
 from featurecache.backbones.base import Backbone, BackboneRequest, TimmMap, TimmTokens, freeze, torch_seed, versions
 from featurecache.backbones.processors import channel_constants, check_preprocess, from_timm
-from featurecache.backbones.state_dicts import StateDict, foreign_names, other_shapes
+from featurecache.backbones.state_dicts import StateDict, Tensors, foreign_names, other_shapes
 from featurecache.backbones.timm_names import TimmModel, as_tuple, check_timm, find_model
-from featurecache.backbones.timm_outputs import network_identity, output_traits
 from featurecache.backbones.weights import library_errors, read_checkpoint, weights_identity
-from featurecache.errors import BadOption, PreprocessingRefused, WeightsDoNotFit, first_line
+from featurecache.errors import BadOption, OutputRefused, PreprocessingRefused, WeightsDoNotFit, first_line
 from featurecache.images.preprocessing import Preprocess
 
 _FITTED = ("patch_embed.proj.weight", "relative_position_bias_table")  # tensors that timm fits to another size
@@ -154,7 +157,7 @@ def _checkpoint(model: TimmModel, request: BackboneRequest, network: Any) -> Sta
     if request.weights is None and not model.open_clip and published:
         return read
     if "visual.class_embedding" in read.tensors:  # of OpenAI's CLIP, whose names timm knows
-        read = read.only_under("visual.")
+        read = read.part({name: name for name in read.tensors if name.startswith("visual.")})
     if any(name.startswith("visual.trunk.") for name in read.tensors) and not model.open_clip:
         raise WeightsDoNotFit(
             f"the weights {request.weights} are open_clip's, and how it prepares images is in another file: put its "
@@ -185,7 +188,7 @@ def _arguments_shown(checkpoint: StateDict, network: Any) -> dict[str, Any]:
     return shown
 
 
-def _is_gated(tensors: Mapping[str, torch.Tensor]) -> bool:
+def _is_gated(tensors: Tensors) -> bool:
     """Whether the second layer of an MLP takes half of what the first one gives."""
     first, second = (tensors.get(f"blocks.0.mlp.{layer}.weight") for layer in ("fc1", "fc2"))
     return first is not None and second is not None and len(first) == 2 * second.shape[-1]
@@ -197,11 +200,7 @@ def _classifiers(model: TimmModel) -> tuple[str, ...]:
 
 
 def _trained(
-    model: TimmModel,
-    request: BackboneRequest,
-    checkpoint: StateDict,
-    own: dict[str, torch.Tensor],
-    size: tuple[int, int],
+    model: TimmModel, request: BackboneRequest, checkpoint: StateDict, own: Tensors, size: tuple[int, int]
 ) -> tuple[Any, dict[str, Any]]:
     """(network, what identifies its weights). ``own``: the shapes of its tensors, without its classifier."""
     state, options = checkpoint.tensors, {}
@@ -230,7 +229,7 @@ def _trained(
     return network, identity
 
 
-def _other_positions(state: Mapping[str, torch.Tensor], own: Mapping[str, torch.Tensor]) -> str:
+def _other_positions(state: Tensors, own: Tensors) -> str:
     """The name of position embeddings of the network's width and another grid; of tokens, by the largest square."""
 
     def grid(shape: torch.Size) -> Any:
@@ -241,9 +240,7 @@ def _other_positions(state: Mapping[str, torch.Tensor], own: Mapping[str, torch.
     return next((name for name in names if grid(state[name].shape) != grid(own[name].shape)), "")
 
 
-def _check_sizes(
-    model: TimmModel, request: BackboneRequest, state: dict[str, torch.Tensor], own: dict[str, torch.Tensor]
-) -> None:
+def _check_sizes(model: TimmModel, request: BackboneRequest, state: Tensors, own: Tensors) -> None:
     """What timm would fit to other sizes unasked. Raises WeightsDoNotFit: positions of images of another size, unless
     that is asked for; patches or windows of another size; images of other channels."""
     if grey := [words for words in other_shapes(state, own) if "channel" in words]:
@@ -263,3 +260,99 @@ def _check_sizes(
     if fitted:
         words = other_shapes(fitted, own)[0]
         raise WeightsDoNotFit(f"the weights {model.weights} are not of {model.title}: {words}" + _OTHERWISE)
+
+
+# what a network gives, by its own attributes and shapes: tokens, which of them are patches, a map, a vector
+
+
+def output_traits(title: str, network: Any, features: Any, size: tuple[int, int]) -> tuple[dict[str, Any], bool | None]:
+    """(fields of a `Backbone`, whether its map is [B,h,w,C], None of tokens): of a network with its classifier, and of
+    what its ``forward_features`` made of one image of ``size``. Raises OutputRefused."""
+    tensor = isinstance(features, torch.Tensor)
+    if not tensor or features.dim() not in (3, 4):
+        what = list(features.shape) if tensor else f"a {type(features).__name__}"
+        raise OutputRefused(
+            f"{title} cannot be a backbone here: its forward_features gives {what}; expected tokens [B,T,D] or a "
+            "map [B,C,h,w]"
+        )
+    applied: list[nn.Module] = []  # what has parameters and comes between the features and the vector
+    with ExitStack() as hooks:
+        for module in network.modules():
+            if any(True for _ in module.parameters(recurse=False)):
+                hooks.enter_context(module.register_forward_pre_hook(lambda module, _: applied.append(module)))
+        with library_errors(f"{title} cannot be a backbone here: its forward_head fails", OutputRefused):
+            vector = network.forward_head(features, pre_logits=True)
+    output_fmt = getattr(network, "output_fmt", "")
+    nhwc = str(getattr(output_fmt, "value", output_fmt)) == "NHWC"
+    channels = features.shape[1 if features.dim() == 4 and not nhwc else -1]
+    pools = vector.shape != features.shape  # Virchow leaves that to its users
+    wide = vector.flatten(1).shape[1] if pools else channels
+    if features.dim() == 3:
+        pooling = ("" if applied else str(getattr(network, "global_pool", ""))) if pools else "nothing"
+        return _token_traits(title, network, features.shape[1:], size, pooling, wide), None
+    height, width = features.shape[1:3] if nhwc else features.shape[2:]
+    refusals = {"cls": f"{title} has no class token; gap is its vector"}
+    refusals["pooler"] = "the vector of a network that gives a map is gap"
+    refusals |= {} if pools else {"gap": "its network pools nothing; mean is the average of its map"}
+    if channels != wide:
+        why = f"its map has {channels:,} channels, and the vector that its classifier receives {wide:,}"
+        refusals |= {"tokens": why, "mean": why}
+    grid = (height, width) if channels == wide else (0, 0)
+    return _traits((), grid, wide, "gap" if pools else "mean", refusals, 0), nhwc
+
+
+def _token_traits(
+    title: str, network: Any, shape: torch.Size, size: tuple[int, int], pooling: str, wide: int
+) -> dict[str, Any]:
+    """``pooling``: how the vector, of ``wide`` numbers, is made of the tokens: "token", "avg", "nothing" where they are
+    left as they are, empty for what has parameters, or takes prefix tokens too."""
+    count, width = shape
+    refusals = {"gap": "that is a CNN's; mean is the average of its patch tokens"}
+    layout = _token_layout(network, count, size) if width == wide else None
+    if layout is None:
+        why = f"which of the {count} rows of {title} are patches is not known"
+        why = why if width == wide else f"its tokens have {width:,} numbers, and the vector of its classifier {wide:,}"
+        refusals |= dict.fromkeys(("tokens", "cls", "mean"), why)
+        return _traits((), (0, 0), wide, "pooler", refusals, 0)
+    prefix, grid = layout
+    if prefix[:1] != ("cls",):
+        refusals["cls"] = f"{title} has no class token"
+    vector = "pooler"
+    if pooling == "nothing":
+        vector, refusals["pooler"] = "mean" if "cls" in refusals else "cls", "its network pools nothing"
+    elif (pooling == "token" and "cls" not in refusals and "dist" not in prefix) or (
+        pooling == "avg" and not (prefix and getattr(network, "pool_include_prefix", False))
+    ):
+        vector = "cls" if pooling == "token" else "mean"
+        refusals["pooler"] = f"what its classifier receives is {vector}"
+    options = inspect.signature(getattr(network, "forward_intermediates", _traits)).parameters
+    layers = len(network.blocks) if {"return_prefix_tokens", "norm"} <= set(options) else 0
+    return _traits(prefix, grid, width, vector, refusals, layers)
+
+
+def _traits(*values: Any) -> dict[str, Any]:
+    return dict(zip(("prefix", "grid", "width", "vector", "refusals", "layers"), values, strict=True))
+
+
+def _token_layout(network: Any, count: int, size: tuple[int, int]) -> tuple[tuple[str, ...], tuple[int, int]] | None:
+    """(prefix, grid) of ``count`` tokens; None where nothing says so."""
+    stride = (getattr(network, "feature_info", None) or [{}])[-1].get("reduction") or 1
+    grid = (size[0] // stride, size[1] // stride)
+    begin = count - grid[0] * grid[1]
+    names = [name for name in ("cls", "dist") if getattr(network, f"{name}_token", None) is not None]
+    names = names or (["cls"] if getattr(network, "global_pool", "") == "token" else [])
+    registers = begin - len(names)
+    if registers < 0 or getattr(network, "num_prefix_tokens", len(names)) != begin:
+        return None
+    return (*names, *(f"reg{k}" for k in range(registers))), grid
+
+
+def network_identity(network: nn.Module) -> list[Any]:
+    """All that tells two networks of one architecture apart, besides their weights: modules, their plain attributes and
+    the shapes of their parameters."""
+    identity: list[Any] = []
+    for name, module in network.named_modules():
+        plain = {key: v for key, v in vars(module).items() if isinstance(v, bool | int | float | str | tuple)}
+        shapes = {key: tuple(value.shape) for key, value in module.named_parameters(recurse=False)}
+        identity.append((name, type(module).__name__, plain, shapes))
+    return identity

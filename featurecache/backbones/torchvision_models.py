@@ -45,6 +45,7 @@ def load(where: str, request: BackboneRequest, alias: Alias | None) -> Backbone:
     grid, width = _grid(name, model, preprocess.size)
     # of what a builder decides, what neither its name nor its weights show
     config = {"transform_input": True} if getattr(network, "transform_input", False) else {}
+    assumed = assumed_feeding(f"torchvision's {enum}", "--backbone python:MODULE:FACTORY")
     refusals = {"pooler": f"{name} has no pooled vector of its own beside its classifier"}
     refusals |= {"gap": "that is a CNN's"} if transformer else {"cls": f"{name} has no class token; gap is its vector"}
     return Backbone(
@@ -68,7 +69,7 @@ def load(where: str, request: BackboneRequest, alias: Alias | None) -> Backbone:
             "revision": Path(enum.url).name,
             "licence": enum.meta.get("license", "BSD-3-Clause"),
             "source": alias.source if alias else enum.meta.get("recipe", ""),
-            "preprocessing": _feeding(enum, request),
+            "preprocessing": f"the transforms of {enum}" if request.weights is None else assumed,
             "attention": None,
             "versions": versions("torchvision"),
             "weights": taken,
@@ -103,12 +104,6 @@ def _preprocess(name: str, enum: Any, request: BackboneRequest) -> Preprocess:
     return preprocess.fitted(request.fit)
 
 
-def _feeding(enum: Any, request: BackboneRequest) -> str:
-    if request.weights is None:
-        return f"the transforms of {enum}"
-    return assumed_feeding(f"torchvision's {enum}", "--backbone python:MODULE:FACTORY")
-
-
 def _network(
     name: str, enum: Any, request: BackboneRequest, size: tuple[int, int]
 ) -> tuple[Any, str, dict[str, Any], str]:
@@ -137,10 +132,9 @@ def _built(name: str, enum: Any, request: BackboneRequest) -> Any:
         options |= {"transform_input": True, "aux_logits": False, "init_weights": request.random_weights}
     if name.startswith("vit_"):
         options["image_size"] = enum.meta["min_size"][0]
-    if request.meta and not name.startswith("regnet"):  # a RegNet computes its widths with tensors
-        with torch.device("meta"):
-            return models.get_model(name, weights=None, **options)
-    with torch_seed(request.seed):
+    shapes_only = request.meta and not name.startswith("regnet")  # a RegNet computes its widths with tensors
+    made: Any = torch.device("meta") if shapes_only else torch_seed(request.seed)
+    with made:
         return models.get_model(name, weights=None, **options)
 
 

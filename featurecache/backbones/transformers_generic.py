@@ -21,17 +21,15 @@ import json
 import math
 import re
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
-from featurecache.backbones.base import earlier_blocks, freeze
+from featurecache.backbones.base import SAME, earlier_blocks, freeze, relative_l2, store_outputs
 from featurecache.backbones.state_dicts import first_names
 from featurecache.errors import OutputRefused, UnknownBackbone, WeightsDoNotFit, first_line
 
-_SAME = 1e-3  # relative L2 that other images of the batch may cost in float32; dropout costs 0.1 and more
 _MASKS = ("vit_mae",)
 NO_TOKENS = {"cls": "a CNN has no class token; gap is its vector", "pooler": "a CNN's vector is gap"}
 UNPOOLED = "{} was saved without the weights of its pooler, and random ones mean nothing"
@@ -93,22 +91,12 @@ def image_channels(config: Any) -> int:
     return int(getattr(config, "num_channels", 3))
 
 
-def measured_positions(title: str, config: Any, size: tuple[int, int], sized: bool) -> str:
-    """How position embeddings meet images of ``size``: only a network that interpolates when told to is told so."""
+def interpolates_positions(config: Any) -> bool:
+    """Whether a network interpolates its position embeddings when it is told to, and only then."""
     import transformers
 
     forward = transformers.MODEL_MAPPING[type(config)].forward
-    height, width = trained = sides(config, "image_size", 1)
-    if trained == size:
-        return "as trained"
-    if "interpolate_pos_encoding" not in inspect.signature(forward).parameters:
-        return "its own"
-    if not sized:
-        raise WeightsDoNotFit(
-            f"the processor of {title} makes images of {size[0]}×{size[1]} pixels, its weights were made for "
-            f"{height}×{width}; say which you mean with --image-size"
-        )
-    return "interpolated (its own way)"
+    return "interpolate_pos_encoding" in inspect.signature(forward).parameters
 
 
 # Of a configuration, what decides no feature: names, paths, versions, labels, how the library is to be used; and one
@@ -183,7 +171,11 @@ def measure(title: str, network: Any, size: tuple[int, int], interpolates: bool,
     WeightsDoNotFit: the tokens depend on what is missing.
     """
     model = MeasuredModel(freeze(network), interpolates)
-    refuse = partial(_refusal, title, type(network).__name__)
+
+    def refuse(reason: str) -> OutputRefused:
+        kind = type(network).__name__
+        return OutputRefused(f"{title} cannot be a backbone here: {kind} of transformers was measured, and {reason}")
+
     pixels = _images(image_channels(network.config), size)
     try:
         output, alone = model.call(pixels, output_hidden_states=True), model.call(pixels[:1])
@@ -196,8 +188,8 @@ def measure(title: str, network: Any, size: tuple[int, int], interpolates: bool,
     if len(last) != len(pixels) or last.dim() not in (3, 4):
         raise refuse(f"its last_hidden_state of three images is {list(last.shape)}; expected [3,T,D] or [3,C,h,w]")
     for name in ("last_hidden_state", "pooler_output"):
-        distance = _distance(alone[name][0], output[name][0]) if isinstance(output.get(name), torch.Tensor) else 0.0
-        if not distance <= _SAME:
+        distance = relative_l2(alone[name][0], output[name][0]) if isinstance(output.get(name), torch.Tensor) else 0.0
+        if not distance <= SAME:
             raise refuse(f"an image has other numbers beside another image (by {distance:.2g} of them)")
     pooled, is_map, tokens = getattr(output, "pooler_output", None), last.dim() == 4, _rows(last)
     pooled = pooled.flatten(1) if isinstance(pooled, torch.Tensor) else None
@@ -214,13 +206,10 @@ def measure(title: str, network: Any, size: tuple[int, int], interpolates: bool,
         raise refuse("its tokens do not lie as the patches of an image do, row by row")
     prefix = (*(names or ["cls"]), *(f"reg{k}" for k in range(count)))[:count]
     layers = 0 if is_map else _layers(model, pixels[:1], hidden, last)
-    refusals = _refusals(title, is_map, prefix, pooled, width, _untrained(title, model, pixels[:1], missing))
+    no_pooler = _no_pooler(title, pooled, width, _untrained(title, model, pixels[:1], missing))
+    refusals = NO_TOKENS if is_map else token_refusals(prefix, no_pooler)
     model.averages = is_map and (pooled is None or pooled.shape[1] != width)
     return NetworkParts(model, prefix, grid, width, layers, is_map and _runs_channels_last(model, pixels), refusals)
-
-
-def _refusal(title: str, kind: str, reason: str) -> OutputRefused:
-    return OutputRefused(f"{title} cannot be a backbone here: {kind} of transformers was measured, and {reason}")
 
 
 def _images(channels: int, size: tuple[int, int]) -> torch.Tensor:
@@ -229,10 +218,6 @@ def _images(channels: int, size: tuple[int, int]) -> torch.Tensor:
     mixed, (height, width) = one.clone(), size
     mixed[:, : height // 2, width // 2 :] = other[:, : height // 2, width // 2 :]
     return torch.stack([one, other, mixed])
-
-
-def _distance(one: torch.Tensor, other: torch.Tensor) -> float:
-    return float((one - other).norm() / other.norm().clamp_min(1e-30))
 
 
 def _prefix_length(refuse: Any, embeddings: torch.Tensor) -> int:
@@ -284,20 +269,11 @@ def _layers(model: MeasuredModel, pixels: torch.Tensor, hidden: list[torch.Tenso
     blocks = getattr(model.network.config, "num_hidden_layers", 0)
     if len(hidden) != blocks + 1 or any(h.shape != last.shape for h in hidden):
         return 0
-    results: dict[str, torch.Tensor] = {}
-
-    def store(name: str, _: nn.Module, __: Any, output: Any) -> None:
-        results[name] = output[0] if isinstance(output, tuple) else output
-
     within = {name: module for name, module in model.network.named_modules() if re.search(r"\d", name) is None}
     norms = [name for name, module in within.items() if "Norm" in type(module).__name__]
     lasts = [name for name, _ in model.network.named_modules() if re.fullmatch(rf"\D*\.?{blocks - 1}", name)]
-    hooks = [model.network.get_submodule(name).register_forward_hook(partial(store, name)) for name in norms + lasts]
-    try:
+    with store_outputs({name: model.network.get_submodule(name) for name in norms + lasts}) as results:
         final = model.call(pixels).last_hidden_state
-    finally:
-        for hook in hooks:
-            hook.remove()
     same = [name for name in results if isinstance(results[name], torch.Tensor) and torch.equal(results[name], final)]
     model.norm = next((name for name in same if name in norms), "")
     return blocks if same else 0
@@ -320,19 +296,17 @@ def _untrained(title: str, model: MeasuredModel, pixels: torch.Tensor, missing: 
     return isinstance(pooled, torch.Tensor) and bool(pooled.isnan().any())
 
 
-def _refusals(
-    title: str, is_map: bool, prefix: tuple[str, ...], pooled: torch.Tensor | None, width: int, untrained: bool
-) -> dict[str, str]:
-    """Output -> why there is none."""
-    if is_map:
-        return NO_TOKENS
-    refusals = {"gap": "that is a CNN's; mean is the average of its patch tokens"} | (
-        {} if prefix[:1] == ("cls",) else {"cls": "it has no class token"}
-    )
+def _no_pooler(title: str, pooled: torch.Tensor | None, width: int, untrained: bool) -> str:
+    """Why the pooled vector [B,·] beside tokens of ``width`` is no output; empty where it is one."""
     if pooled is None:
-        refusals["pooler"] = "its network gives no pooled vector"
-    elif pooled.shape[1] != width:
-        refusals["pooler"] = f"its pooled vector has {pooled.shape[1]} numbers, its tokens {width}"
-    elif untrained:
-        refusals["pooler"] = UNPOOLED.format(title)
-    return refusals
+        return "its network gives no pooled vector"
+    if pooled.shape[1] != width:
+        return f"its pooled vector has {pooled.shape[1]} numbers, its tokens {width}"
+    return UNPOOLED.format(title) if untrained else ""
+
+
+def token_refusals(prefix: tuple[str, ...], no_pooler: str) -> dict[str, str]:
+    """Output -> why a network that gives tokens has none. ``no_pooler``: the reason, where it has no pooled vector."""
+    refusals = {"gap": "that is a CNN's; mean is the average of its patch tokens"}
+    refusals |= {} if prefix[:1] == ("cls",) else {"cls": "it has no class token"}
+    return refusals | ({"pooler": no_pooler} if no_pooler else {})

@@ -34,11 +34,12 @@ from featurecache.backbones.transformers_generic import (
     UNPOOLED,
     NetworkParts,
     image_channels,
+    interpolates_positions,
     measure,
-    measured_positions,
     plain_config,
     published_tensors,
     sides,
+    token_refusals,
     vision_class,
 )
 from featurecache.backbones.weights import (
@@ -67,11 +68,6 @@ class CheckpointFiles:
     portable_name: str  # finds it from any working directory
 
     @property
-    def folder_of_weights(self) -> Path | None:
-        """Where settings may lie beside a file of weights."""
-        return self.weights.parent if self.weights is not None and not self.weights.is_dir() else self.weights
-
-    @property
     def short_name(self) -> str:
         """The name of a store: of a repository its last part, else the folder's; of a tuned backbone its run's."""
         if self.revision:
@@ -92,20 +88,15 @@ def load_checkpoint(checkpoint: CheckpointFiles, request: BackboneRequest, alias
         positions = _positions(checkpoint.title, family, config, preprocess.size, request.image_size is not None)
         network, untrained, weights, taken = _network(checkpoint, family, config, request, alias)
         parts = _parts(checkpoint.title, family, network, positions, preprocess.size, untrained)
+        freeze(parts.model)
     return Backbone(
         name=request.name if alias else checkpoint.short_name,
-        model=freeze(parts.model),
         architecture={"library": "transformers", "class": family.model, "config": plain_config(config)},
         weights=weights,
         preprocess=preprocess,
         image_size=preprocess.size,
         position_embeddings=positions,
-        prefix=parts.prefix,
-        grid=parts.grid,
-        width=parts.width,
-        layers=parts.layers,
         vector=next(name for name in ("cls", "gap", "pooler", "mean") if name not in parts.refusals),
-        channels_last=parts.channels_last,
         parameters=sum(p.numel() for name, p in network.named_parameters() if name not in untrained),
         provenance={
             "provider": "hf",
@@ -119,7 +110,7 @@ def load_checkpoint(checkpoint: CheckpointFiles, request: BackboneRequest, alias
             "weights": taken if request.weights else "",
             "request": request.portable_arguments(checkpoint.portable_name),
         },
-        refusals=parts.refusals,
+        **vars(parts),
     )
 
 
@@ -169,7 +160,8 @@ def _configuration(checkpoint: CheckpointFiles, alias: Alias | None) -> tuple[Mo
     known = FAMILIES.get(kind) or FAMILIES.get(config.model_type)
     if known is None:
         model, processor, prefix = vision_class(title, config)
-        known = ModelLayout(model, processor, prefix if config is whole else "vision_model", measured=True)
+        part = prefix if config is whole else "vision_model"
+        known = ModelLayout(model, processor, part, positions="its own way", measured=True)
     return replace(known, tower="encoder" if tower == "encoder" else ""), config
 
 
@@ -217,7 +209,9 @@ def _preprocess(
     """What the weights' own processor does, checked against it, then fitted as asked; and where it comes from."""
     published = alias if checkpoint.folder is None or request.weights is not None else None
     default = (family.processor, sides(config, "image_size", 224)[0]) if request.untrained else None
-    beside = checkpoint.folder_of_weights if request.weights is not None else None
+    beside = checkpoint.weights if request.weights is not None else None
+    if beside is not None and not beside.is_dir():  # settings may lie beside a file
+        beside = beside.parent
     folder = beside if beside is not None and has_processor(beside) else checkpoint.folder
     processor, origin = choose_processor(folder, checkpoint.title, published, default)
     if beside is not None and folder is not beside:
@@ -233,16 +227,17 @@ def _preprocess(
 
 def _positions(title: str, family: ModelLayout, config: Any, size: tuple[int, int], sized: bool) -> str:
     """How position embeddings meet images of ``size``; another than the weights' must be asked for (``sized``)."""
-    if family.measured:
-        return measured_positions(title, config, size, sized)
-    if not family.blocks:
+    if not (family.blocks or family.measured):
         return "none"
-    patch, trained = sides(config, "patch_size"), sides(config, "image_size")
+    patch = (1, 1) if family.measured else sides(config, "patch_size")  # of what is measured it shows
+    trained = sides(config, "image_size", 1 if family.measured else None)
     made = f"the processor of {title} makes images of {size[0]}×{size[1]} pixels"
     if size[0] % patch[0] or size[1] % patch[1]:
         raise WeightsDoNotFit(f"{made}, not a multiple of the patch of {patch[0]}; give a size with --image-size")
     if size == trained:
         return "as trained"
+    if family.measured and not interpolates_positions(config):
+        return "its own"
     if not (sized or family.any_size):
         raise WeightsDoNotFit(
             f"{made}, its weights were made for {trained[0]}×{trained[1]}; say which you mean with --image-size"
@@ -332,31 +327,20 @@ def _parts(
     if family.measured:
         return measure(title, network, size, positions.startswith("inter"), untrained)
     config, modules = network.config, {name for name, _ in network.named_modules()}
-    headless = not getattr(config, "vision_use_head", True)  # a SigLIP can be configured so
-    refusals = _refusals(title, family, headless or bool(untrained))
     if not family.blocks:
         pixels = torch.zeros(1, image_channels(config), *size, device=next(network.parameters()).device)
         with torch.no_grad(), _library(title):
             _, channels, height, width = freeze(network)(pixels).last_hidden_state.shape
-        return NetworkParts(FeatureMap(network), (), (height, width), channels, 0, True, refusals)
+        return NetworkParts(FeatureMap(network), (), (height, width), channels, 0, True, NO_TOKENS)
     options = {"interpolate_pos_encoding": True} if positions.startswith("inter") and not family.any_size else {}
     model = Tokens(network, next(path for path in family.blocks if path in modules), family.norm, options)
     registers = tuple(f"reg{k}" for k in range(getattr(config, "num_register_tokens", 0)))
     patch, layers = sides(config, "patch_size"), config.num_hidden_layers
     grid = (size[0] // patch[0], size[1] // patch[1])
+    headless = not getattr(config, "vision_use_head", True)  # a SigLIP can be configured so
+    # of random parameters a pooled vector means nothing
+    refusals = token_refusals(family.prefix, UNPOOLED.format(title) if headless or untrained else "")
     return NetworkParts(model, family.prefix + registers, grid, config.hidden_size, layers, False, refusals)
-
-
-def _refusals(title: str, family: ModelLayout, unpooled: bool) -> dict[str, str]:
-    """Output -> why there is none. A pooled vector from random parameters means nothing."""
-    if not family.blocks:
-        return NO_TOKENS
-    refusals = {"gap": "that is a CNN's; mean is the average of its patch tokens"}
-    if "cls" not in family.prefix:
-        refusals["cls"] = "it has no class token"
-    if unpooled:
-        refusals["pooler"] = UNPOOLED.format(title)
-    return refusals
 
 
 @contextmanager

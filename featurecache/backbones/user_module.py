@@ -35,7 +35,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from featurecache.backbones.base import Backbone, BackboneRequest, freeze, torch_seed, versions
+from featurecache.backbones.base import SAME, Backbone, BackboneRequest, freeze, relative_l2, torch_seed, versions
 from featurecache.backbones.processors import pil_preprocess
 from featurecache.backbones.state_dicts import first_names, other_shapes
 from featurecache.backbones.user_code import import_user_module, user_line
@@ -158,12 +158,11 @@ def _preprocess(title: str, settings: Any, request: BackboneRequest) -> Preproce
     return preprocess.fitted(request.fit)
 
 
-def _as_torchvision(image_size: int, resize: int | str, interpolation: str, mean: Any, std: Any) -> Preprocess:
+def _as_torchvision(image_size: int, resize: Any, interpolation: str, mean: Any, std: Any) -> Preprocess:
     side, constants = operator.index(image_size), [tuple(float(x) for x in values) for values in (mean, std)]
     if resize == "squash":
         return pil_preprocess("squash", (side, side), None, interpolation, *constants)
-    short: Any = resize
-    return pil_preprocess("shortest", (operator.index(short),), (side, side), interpolation, *constants)
+    return pil_preprocess("shortest", (operator.index(resize),), (side, side), interpolation, *constants)
 
 
 def _weights(title: str, network: nn.Module, request: BackboneRequest) -> tuple[dict[str, Any], str]:
@@ -197,7 +196,6 @@ def _deciding(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 _DIMENSIONS = {"tokens": (3, 4), "pooler": (2,), "gap": (4,)}  # output -> of which outputs of a submodule it is made
 _DIMENSIONS_BY_NAME = {"tokens": (3, 4), "pooler": (2, 4), "gap": (2, 4)}  # ... where ``keep`` names it for the output
-_SAME = 1e-3  # relative L2 that another row of the batch may cost in float32; dropout costs 0.1 and more
 
 
 class FeatureTap(nn.Module):
@@ -290,11 +288,10 @@ class FeatureTap(nn.Module):
             raise BadOption(f"{self.title} does not take images of {size[0]}×{size[1]} pixels: {why}") from error
         self._choose_outputs({path: tuple(tensor.shape) for path, tensor in first.items()})
         for path, tensor in first.items():
-            one, other = tensor[0].double(), turned[path][1].double()
-            distance = (one - other).norm() / one.norm().clamp_min(1e-30)
-            if not distance <= _SAME:
+            distance = relative_l2(turned[path][1].double(), tensor[0].double())
+            if not distance <= SAME:
                 raise OutputRefused(
-                    f"{self.title} gives an image other numbers beside another image (by {float(distance):.2g} of "
+                    f"{self.title} gives an image other numbers beside another image (by {distance:.2g} of "
                     "them): dropout or batch statistics that stay on in eval()"
                 )
         return channels_last

@@ -60,27 +60,19 @@ def download_weights(url: str, title: str) -> Path:
     path = downloaded_file(url)
     if path.is_file():
         return path
-    prefix = re.search(r"-([0-9a-f]{8,})\.", path.name)
+    prefix, before = re.search(r"-([0-9a-f]{8,})\.", path.name), socket.getdefaulttimeout()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with _time_limit(STALL), contextlib.redirect_stdout(sys.stderr):
+        socket.setdefaulttimeout(STALL)  # torch.hub opens its connections without a limit
+        with contextlib.redirect_stdout(sys.stderr):
             torch.hub.download_url_to_file(url, str(path), prefix[1] if prefix else None, progress=sys.stderr.isatty())
     except RuntimeError as error:
         raise WeightsNotFound(f"{url} came damaged ({error}); try again, or --weights FILE") from error
     except OSError as error:
         raise weights_unavailable(title, f"curl -LO {url}", path.name, "TORCH_HOME") from error
-    return path
-
-
-@contextlib.contextmanager
-def _time_limit(seconds: float) -> Iterator[None]:
-    """torch.hub opens its connections without one."""
-    before = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(seconds)
-    try:
-        yield
     finally:
         socket.setdefaulttimeout(before)
+    return path
 
 
 def snapshot(repo: str, revision: str | None = None, *, weights: bool = True) -> tuple[Path, str]:

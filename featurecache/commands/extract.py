@@ -98,16 +98,13 @@ def extraction_lines(extraction: Extraction, record: dict[str, Any]) -> str:
         *[("weights", record["backbone"]["weights"])] * bool(record["backbone"]["weights"]),
         ("sees", record["backbone"]["sees"]),
         ("data", _data_line(record)),
+        *[("understood", record["understood"])] * bool(record["understood"]),
+        *[("crop", crop_words(crop)) for crop in (record["source"].get("crop"),) if crop],
+        *[("augment", _augmented_line(made, extraction.name)) for made in (record["augmented"],) if made],
         ("keeps", _keeps_line(extraction)),
         ("machine", _machine_line(extraction, record["images_per_s"])),
         *[("forward", text) for text in (extraction.choice.lines(extraction.to_compute) if extraction.choice else ())],
     ]
-    if record["understood"]:
-        rows.insert(3, ("understood", record["understood"]))
-    if crop := record["source"].get("crop"):
-        rows.insert(-2, ("crop", crop_words(crop)))
-    if record["augmented"]:
-        rows.insert(-2, ("augment", _augmented_line(record["augmented"], extraction.name)))
     rows += [("warning", text) for text in _warnings(record["data"])]
     held, copies = record["images_in_cache"], (record["augmented"] or {}).get("in_cache", 0)
     if held or copies:
@@ -127,10 +124,8 @@ def _augmented_line(made: dict[str, Any], view: str) -> str:
     if made["kept"]:
         text += f" (as {view} has them; --copies 0 leaves them out)"
     if made["splits_drawn_later"]:
-        text += (
-            "\nThe data have no splits, so every image gets copies; train-head draws the splits later and uses copies "
-        )
-        text += "of what is in train only."
+        text += "\nThe data have no splits, so every image gets copies; train-head draws the splits later and uses "
+        text += "copies of what is in train only."
     return text
 
 
@@ -156,12 +151,10 @@ def _data_line(record: dict[str, Any]) -> str:
 def _keeps_line(extraction: Extraction) -> str:
     kept = " + ".join(shape_text(o.name, extraction.layouts[o.name].shape) for o in extraction.outputs)
     where = extraction.store.path if extraction.store else extraction.cache / f"{extraction.backbone.name}-…"
-    each = (
-        f" for {extraction.plain:,} images and {len(extraction.copying):,} augmented copies"
-        if extraction.copying
-        else ""
-    )
-    text = f"{kept}, {extraction.spec.dtype}{each}: {size_text(extraction.bytes_of())} in {where}"
+    text = f"{kept}, {extraction.spec.dtype}"
+    if extraction.copying:
+        text += f" for {extraction.plain:,} images and {len(extraction.copying):,} augmented copies"
+    text += f": {size_text(extraction.bytes_of())} in {where}"
     sizes = {o.name: extraction.bytes_of([o.name]) for o in extraction.outputs}
     cheapest = min(sizes, key=lambda name: sizes[name])
     if 2 * sizes[cheapest] < extraction.bytes_of():
@@ -223,9 +216,8 @@ def backbone_lines(record: dict[str, Any]) -> str:
     for name, entry in record["outputs"].items():
         default = " (default)" if name in (record["vector"], "tokens") else ""
         refused = entry.get("refused")
-        rows.append(
-            (name, f"refused: {refused}") if refused else ("output", shape_text(name, entry["shape"]) + default)
-        )
+        row = (name, f"refused: {refused}") if refused else ("output", shape_text(name, entry["shape"]) + default)
+        rows.append(row)
     if record["source"]:
         rows.append(("source", record["source"]))
     return "\n".join([columns(rows), "", *layer_lines(record["modules"])])
@@ -349,10 +341,9 @@ def open_features(talk: Console, features: str | None, cache: str | None, way: s
     return view
 
 
-_ENGINE = ("engine", "actors", "num_gpus", "address")
 _OF_IMAGES = (
-    "name", "batch_size", *_ENGINE, "workers", "on_error", *READ_BY, "hash_ids", "hash_groups", "copies",
-    "augment", "augment_seed",
+    "name", "batch_size", "engine", "actors", "num_gpus", "address", "workers", "on_error", *READ_BY, "hash_ids",
+    "hash_groups", "copies", "augment", "augment_seed",
 )  # fmt: skip
 
 

@@ -20,7 +20,7 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -100,19 +100,16 @@ class CommandGroup(click.Group):
         gc.set_threshold(20_000, *gc.get_threshold()[1:])
         atexit.register(gc.freeze)
         with _as_interrupts():
-            self._main(*args, **options)
-
-    def _main(self, *args: Any, **options: Any) -> None:
-        try:
-            code = super().main(*args, **{**options, "standalone_mode": False})
-        except click.Abort:
-            click.echo("stopped.", err=True)
-            code = 1
-        except click.ClickException as error:
-            word = "" if type(error).__name__ == "NoArgsIsHelpError" else "error: "  # `featurecache` alone
-            _echo(word + error.format_message(), err=True)
-            code = error.exit_code
-        sys.exit(code or 0)
+            try:
+                code = super().main(*args, **{**options, "standalone_mode": False})
+            except click.Abort:
+                click.echo("stopped.", err=True)
+                code = 1
+            except click.ClickException as error:
+                word = "" if type(error).__name__ == "NoArgsIsHelpError" else "error: "  # `featurecache` alone
+                _echo(word + error.format_message(), err=True)
+                code = error.exit_code
+            sys.exit(code or 0)
 
 
 @contextlib.contextmanager
@@ -126,8 +123,7 @@ def _as_interrupts() -> Iterator[None]:
         if len(received) == 1:  # another one does not stop what the first began
             raise KeyboardInterrupt
 
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
-    own = [number for number, handler in before.items() if handler == signal.SIG_DFL]
+    own = [number for number in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(number) == signal.SIG_DFL]
     for number in own:
         signal.signal(number, interrupt)
     try:
@@ -138,7 +134,7 @@ def _as_interrupts() -> Iterator[None]:
         raise
     finally:
         for number in own:
-            signal.signal(number, before[number])
+            signal.signal(number, signal.SIG_DFL)
 
 
 def _echo(text: str, err: bool = False) -> None:
@@ -164,6 +160,10 @@ class Console:
     def line(self, line: str) -> None:
         """`say` where the line holds names of somebody else's: they cannot make lines of their own."""
         self.say(one_line(line))
+
+    def warn(self, sentences: Iterable[str]) -> None:
+        for sentence in sentences:
+            self.say(f"warning    {sentence}")
 
     def result(self, text: str, record: Any) -> None:
         """The command's result, as lines or as one JSON object (see `record_of`)."""
@@ -217,8 +217,8 @@ def typed_options(reading: Reading | None = None) -> dict[str, list[str]]:
         typed = context.get_parameter_source(name) == click.core.ParameterSource.COMMANDLINE
         if read or (typed and name not in ("as_json", "quiet", "debug")):
             several = value if isinstance(value, tuple) else (value,)
-            texts = [[] if v is True else [_text(v)] for v in several]
-            flag = each.opts[:1] if isinstance(each, click.Option) else []
+            texts = [[] if isinstance(v, bool) else [_text(v)] for v in several]
+            flag = (each.secondary_opts if value is False else each.opts)[:1] if isinstance(each, click.Option) else []
             (given if typed else chosen)[name] = [word for text in texts for word in flag + text]
     return given | chosen
 

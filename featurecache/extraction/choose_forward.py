@@ -1,15 +1,16 @@
 """Choosing the forward pass: which way is fastest on this machine within the precision's tolerance, by measurement.
 
 Candidates on a CPU are the library's forward as it is, the same with float32 products by oneDNN (where these are exact
-here, which on a CPU with AMX they are not), and a graph of OpenVINO. Each computes the probe images; the fastest one
-and the library also the first batch of the job. It is chosen where it differs from the library's own float32 by at most
+here, which on a CPU with AMX they are not), and a graph of OpenVINO; on a GPU of NVIDIA the library's and the same
+compiled. Each computes the probe images; the fastest one and the library also the first batch of the job. It is chosen
+where it differs from the library's own float32 by at most
 
     fp32: 10⁻⁵ of the length;   bf16: 1.1 times what torch's bfloat16 differs by, and 1.5·10⁻²
 
 What is chosen is kept in the store's plan with all speeds, and in the machine's state for other stores. A conversion
-takes seconds: it is tried in jobs of more than ``LONG`` seconds, or where a measurement is remembered. Shorter ones
-take oneDNN's products where one of them gains by it, else the library's. What the chosen way computed meanwhile is not
-computed again.
+takes seconds, compiling a minute: they are tried in jobs of more than ``LONG`` seconds, or where a measurement is
+remembered. Shorter ones take oneDNN's products where one of them gains by it, else the library's. What the chosen way
+computed meanwhile is not computed again.
 """
 
 from __future__ import annotations
@@ -31,14 +32,14 @@ from featurecache.extraction.canary import check_canary, probe_pixels
 from featurecache.extraction.forward import ForwardRunner, is_out_of_memory
 from featurecache.extraction.openvino_graph import has_openvino, is_user_code, pass_key
 from featurecache.extraction.pipeline import decode_many
-from featurecache.files.machine_state import read_state, write_state
+from featurecache.files.machine_state import read_state, state_key, write_state
 from featurecache.files.records import are_candidates
-from featurecache.formatting import duration, images_per_second
+from featurecache.formatting import device_title, duration, images_per_second
 from featurecache.images.headers import EncodedImage
 from featurecache.outputs import Output
 from featurecache.store.store import Store
 
-LONG = 60.0  # seconds of the library's forward, from which on measuring is worth a conversion
+LONG = {"cpu": 60.0, "cuda": 600.0}  # seconds of the library's forward that are worth a conversion; compiling
 GAIN = 1.3  # of a product by oneDNN, from which on short jobs take it too: nothing has to be converted
 SHORT = 0.3  # seconds that a remembered way has to save: a graph takes no longer to load than a network does
 FP32_ERROR, BF16_ERROR, BF16_RATIO = 1e-5, 1.5e-2, 1.1
@@ -101,7 +102,8 @@ class ForwardSetting:
 
     @property
     def key(self) -> str:
-        return pass_key(self.backbone, self.parts, self.precision, self.batch_size, self.threads)
+        of = pass_key(self.backbone, self.parts, self.precision, self.batch_size, self.threads)
+        return of if self.device.type == "cpu" else state_key(of=of, device=device_title(self.device))
 
     @property
     def is_tiny(self) -> bool:
@@ -110,6 +112,8 @@ class ForwardSetting:
 
     def ways(self) -> list[str]:
         """Candidates. User code may branch on its data, which a converter cannot see: only on request."""
+        if self.device.type == "cuda":
+            return ["library", *["compiled"] * (not is_user_code(self.backbone))]
         if self.device.type != "cpu" or self.precision == "fp16":
             return ["library"]
         onednn = ["onednn"] if self.precision == "fp32" and onednn_gain() > WORTH else []
@@ -208,7 +212,7 @@ def choose_forward(
     if requested == "auto" and own in (None, "onednn") and "onednn" in setting.ways() and onednn_gain() > GAIN:
         quick, trials["onednn"] = "onednn", _Trial(setting, "onednn", batches).compute(PROBES)
     trials["library"] = _Trial(setting, library, batches).compute(PROBES)
-    is_long = measure and len(setting.ways()) > 1 and setting.images >= LONG * trials[quick].rate
+    is_long = measure and len(setting.ways()) > 1 and setting.images >= LONG[setting.device.type] * trials[quick].rate
     if requested != "auto" or is_long:
         return _measured(setting, requested, trials, batches)
     if trials[quick].error(trials["library"]) > FP32_ERROR:
@@ -236,9 +240,9 @@ class _Trial:
         return self
 
     def measure(self, number: int) -> _Trial:
-        """A graph makes its kernels in the first pass of each shape: it computes the batch once more."""
+        """A graph makes its kernels in the first pass of each shape, as a GPU does: it computes the batch once more."""
         self.compute(PROBES, number)
-        if self.runner.way == "openvino":
+        if self.runner.way == "openvino" or self.runner.device.type != "cpu":
             self._pass(number)
         return self
 

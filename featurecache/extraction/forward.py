@@ -1,21 +1,23 @@
 """Forward passes of a backbone as a store makes them: device, precision, batches of B rows, shapes of outputs.
 
 A pass has B rows: a short batch is padded and the padding dropped, since another number of rows may give other bits.
-(A graph of OpenVINO gives the same ones; where that is seen on this machine, nothing is padded.) What stands in the
-other rows makes no difference; the place in the batch can: a matrix product of MKL that is not a whole number of blocks
-of rows gives the last ones of each thread to a kernel which adds in another order (measured with AVX2 instructions and
-any number of threads; none with AVX-512). `ForwardRunner` computes, `output_layout` says what the rows of an output
-look like, `spec_of` what they are a function of.
+(A graph of OpenVINO gives the same ones, and a network on a CPU often does; where that is seen on this machine, nothing
+is padded.) What stands in the other rows makes no difference; the place in the batch can: a matrix product of MKL that
+is not a whole number of blocks of rows gives the last ones of each thread to a kernel which adds in another order
+(measured with AVX2 instructions and any number of threads; none with AVX-512). `ForwardRunner` computes,
+`output_layout` says what the rows of an output look like, `spec_of` what they are a function of.
 
-A network runs in one of three ways: ``library``, its library's own forward; ``onednn``, the same with float32 products
-by oneDNN; ``openvino``, a graph of OpenVINO. Which is fastest is measured (`featurecache.extraction.choose_forward`).
+A network runs in one of four ways: ``library``, its library's own forward; ``onednn``, the same with float32 products
+by oneDNN; ``compiled``, made into kernels of its own for B images by torch.compile; ``openvino``, a graph of OpenVINO.
+Which is fastest is measured (`featurecache.extraction.choose_forward`).
 """
 
 from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Iterable, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -26,7 +28,7 @@ from featurecache.backbones import load_backbone
 from featurecache.backbones.base import Backbone
 from featurecache.errors import BadOption, ForwardUnavailable
 from featurecache.extraction.openvino_graph import OpenvinoGraph, compile_graph, is_user_code, pass_key
-from featurecache.files.machine_state import read_state, write_state
+from featurecache.files.machine_state import read_state, state_key, write_state
 from featurecache.images import decoding as _images
 from featurecache.images.headers import READING
 from featurecache.outputs import Output, blocks, function_of, source_parts
@@ -74,7 +76,8 @@ class ForwardRunner:
         self._done: list[tuple[torch.Tensor, dict[str, torch.Tensor], float]] = []
         self.earlier_s: float | None = None  # what the last call's pass took, where it had been computed before
         self._graph: OpenvinoGraph | None = None
-        self._independent: bool | None = None  # whether a row alone has the bits that it has in a batch
+        self._last: list[tuple[torch.Tensor, dict[str, torch.Tensor]]] = []  # the last whole batch on a CPU, if any
+        self._independent: dict[str, bool] = {}  # of passes of few images: whether these have a batch's bits
         if way == "openvino":
             self._compile(set(parts))
             return
@@ -85,6 +88,20 @@ class ForwardRunner:
         self._own.model.to(device=device, dtype=self._dtype)
         if backbone.channels_last:
             self._own.model.to(memory_format=torch.channels_last)
+        self._network: Callable[..., dict[str, torch.Tensor]] = self._own.forward
+        if way == "compiled":
+            self._network = torch.compile(self._own.model, dynamic=False)
+            self._compile_kernels(set(parts))
+
+    def _compile_kernels(self, parts: set[str]) -> None:
+        """A first pass, which takes a minute and needs a C compiler. Raises ForwardUnavailable."""
+        try:
+            self.parts_of(torch.zeros(self.batch_size, 3, *self.backbone.image_size, dtype=torch.uint8), parts)
+        except Exception as error:  # whatever torch, a compiler or a driver raises
+            if isinstance(error, RuntimeError) and is_out_of_memory(error):
+                raise
+            why = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise ForwardUnavailable(f"torch.compile cannot compile {self.backbone.name}: {why}") from error
 
     def _graph_of(self, parts: set[str]) -> OpenvinoGraph:
         return self._graph if self._graph and parts <= set(self._graph.parts) else self._compile(parts)
@@ -94,7 +111,6 @@ class ForwardRunner:
         if network is not None and next(network.parameters()).is_meta:  # released: another process wants more
             self.backbone = load_backbone(**self.backbone.provenance["request"])
         self._graph = compile_graph(self.backbone, sorted(parts), self.batch_size, self._precision, self.threads)
-        self._independent = None
         return self._graph
 
     def release(self) -> None:
@@ -109,32 +125,56 @@ class ForwardRunner:
         stored come from whole batches where that decides their bits (`__call__`)."""
         if self.way == "openvino":
             return self._graph_of(parts)(self._pixels(images))
-        pixels = self._pixels(images)
+        count = len(images)
+        if self.way == "compiled" and count < self.batch_size:  # kernels are made for B images
+            images = self._padded(images, slice(count))
+        pixels = self._pixels(images).to(self._dtype).contiguous(memory_format=self._format)
         with onednn_products() if self.way == "onednn" else contextlib.nullcontext():
-            return self._own.forward(pixels.to(self._dtype).contiguous(memory_format=self._format), parts)
+            return {part: rows[:count] for part, rows in self._network(pixels, parts).items()}
 
     def _pixels(self, images: torch.Tensor) -> torch.Tensor:
         if self.device.type == "cuda":
             images = images.pin_memory()  # else the copy would hold up this thread
         return self.backbone.preprocess.normalised(images.to(self.device, non_blocking=True))
 
-    def _needs_whole(self, images: torch.Tensor, parts: set[str]) -> bool:
-        """Whether the rows of these images may have other bits in a batch of B than in one of their own: always, but
-        for a graph that was seen to give the same, once on this machine."""
-        if self.way != "openvino":
+    def _needs_whole(self, images: torch.Tensor, parts: set[str], places: Sequence[int] | None) -> bool:
+        """Whether the rows of these images may have other bits in a batch of their own than in one of B. Looked at once
+        on this machine: for a graph, of any number of images at any places; for a network on a CPU, of so many in the
+        first places, where a look costs no more than padding does."""
+        looked_at, first = len(images), not places or places[-1] < len(images)
+        plain = self.device.type == "cpu" and self.way != "compiled" and not is_user_code(self.backbone)
+        if self.way == "openvino":
+            parts, looked_at = set(self._graph_of(parts).parts), 0
+        elif not (plain and first and 2 * looked_at <= self.batch_size):
             return True
-        graph = self._graph_of(parts)
-        if self._independent is None:
-            key = pass_key(self.backbone, graph.parts, self._precision, self.batch_size, self.threads)
+        of = pass_key(self.backbone, sorted(parts), self._precision, self.batch_size, self.threads)
+        key = state_key(of=of, way=self.way, images=looked_at)
+        if key not in self._independent:
             if (seen := read_state("rows", key)) is None:
-                whole = [(batch[:3], rows) for batch, rows, _ in self._done if len(batch) == self.batch_size]
-                padded = lambda: self._padded(images, slice(len(images)))  # noqa: E731
-                few, among = whole[0] if whole else (images, graph(self._pixels(padded())))
-                alone = graph(self._pixels(few))
-                seen = {"independent": all(torch.equal(alone[part], among[part][: len(few)]) for part in alone)}
+                seen = {"independent": self._rows_are_independent(images, parts, looked_at or 3)}
                 write_state("rows", key, seen)
-            self._independent = seen["independent"] is True
-        return not self._independent
+            self._independent[key] = seen["independent"] is True
+        return not self._independent[key]
+
+    def _rows_are_independent(self, images: torch.Tensor, parts: set[str], count: int) -> bool:
+        """Whether ``count`` images alone have the bits that they have in a batch: of those computed before, else of
+        these, padded; both are kept until they are asked for."""
+        batches = [(batch, given) for batch, given, _ in self._done] + self._last
+        for batch, given in batches:
+            if len(batch) == self.batch_size and parts <= given.keys():
+                few, among = batch[:count], given
+                alone = self.parts_of(few, parts)
+                break
+        else:
+            few = images
+            among, alone = (self._kept_parts_of(b, parts) for b in (self._padded(images, slice(len(images))), few))
+        return all(torch.equal(alone[part], among[part][: len(few)]) for part in parts)
+
+    def _kept_parts_of(self, images: torch.Tensor, parts: set[str]) -> dict[str, torch.Tensor]:
+        start = time.perf_counter()
+        given = self.parts_of(images, parts)
+        self.remember(images, given, time.perf_counter() - start)
+        return given
 
     def _padded(self, images: torch.Tensor, places: slice | list[int]) -> torch.Tensor:
         batch = images.new_zeros(self.batch_size, *images.shape[1:])
@@ -173,11 +213,13 @@ class ForwardRunner:
         """
         chosen: slice | list[int] = slice(None)
         wanted = parts_for(outputs)
-        if whole and len(images) < self.batch_size and self._needs_whole(images, wanted):
+        if whole and len(images) < self.batch_size and self._needs_whole(images, wanted, places):
             chosen = list(range(len(images)) if places is None else places)
             images = self._padded(images, chosen)
         sources = {output.source: source_parts(output.source) for output in outputs}
         given = self._computed(images, wanted)
+        if len(images) == self.batch_size and self.device.type == "cpu":
+            self._last = [(images, given)]
         exact = {key: torch.cat([given[part][chosen].float() for part in parts], -1) for key, parts in sources.items()}
         rows = {key: tensor.to(torch_dtype(dtype)) for key, tensor in exact.items()}
         if dtype != "float16":
@@ -193,6 +235,31 @@ class ForwardRunner:
             rounded = function_of(output, rounded, prefix, grid).to(stored.dtype).float()
         size = exact.flatten(1).norm(dim=1)
         return (rounded - exact).flatten(1).norm(dim=1) / size.clamp_min(torch.finfo(torch.float32).tiny)
+
+
+class HostCopies:
+    """Rows of a batch on their way from the device, of a GPU of NVIDIA on a stream of their own into pinned memory: the
+    next batch is computed meanwhile."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    def begin(self, tensors: dict[str, torch.Tensor]) -> Callable[[], dict[str, torch.Tensor]]:
+        """What waits for the copies and gives them; to be called once, in any thread."""
+        if self._stream is None:
+            return lambda: {name: tensor.cpu() for name, tensor in tensors.items()}
+        self._stream.wait_stream(torch.cuda.current_stream(self._stream.device))
+        with torch.cuda.stream(self._stream):
+            copies = {name: tensor.to("cpu", non_blocking=True) for name, tensor in tensors.items()}
+            for tensor in tensors.values():
+                tensor.record_stream(self._stream)  # its memory serves no other tensor before it was read
+            copied = self._stream.record_event()
+
+        def wait() -> dict[str, torch.Tensor]:
+            copied.synchronize()
+            return copies
+
+        return wait
 
 
 def parts_for(outputs: Iterable[Output]) -> set[str]:

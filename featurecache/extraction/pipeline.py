@@ -21,14 +21,14 @@ import torch
 
 from featurecache.arithmetic import exact_arithmetic
 from featurecache.errors import ForwardUnavailable, UnreadableImage
-from featurecache.extraction.forward import ForwardRunner, is_out_of_memory
+from featurecache.extraction.forward import ForwardRunner, HostCopies, is_out_of_memory
 from featurecache.extraction.timings import StageTimings
 from featurecache.images import decoding as _images
 from featurecache.images.headers import EncodedImage
 from featurecache.images.pixel_room import PixelRoom
 from featurecache.images.preprocessing import Preprocess
 from featurecache.outputs import Output, derive
-from featurecache.store.remote_cache import push_shard
+from featurecache.store.remote_cache import push_shards
 from featurecache.store.shards import Layout, ShardWriter, read_feature_rows
 from featurecache.store.store import Store, rows_per_shard
 
@@ -69,6 +69,7 @@ class ExtractionJob(ShardJob):
     workers: int
     threads: int
     fail_fast: bool = False
+    data: str = ""  # address of the images, where they lie in object storage
     plain: int | None = None  # numbers from here on are augmented copies, whose making is no loading
     images_per_s: float | None = None  # of the forward pass, where it was measured
     timings: StageTimings = field(init=False)
@@ -127,9 +128,9 @@ class _Shards:
             raise
 
     def write(self, numbers: list[int], rows: dict[str, torch.Tensor], errors: dict[str, torch.Tensor]) -> None:
-        """numbers [b] of images; rows [b, ...] per source, errors [b] per output. A row that does not fit the dtype is
-        never stored."""
-        rows, good = {source: tensor.cpu() for source, tensor in rows.items()}, []
+        """numbers [b] of images; rows [b, ...] per source, errors [b] per output, in this machine's memory. A row that
+        does not fit the dtype is never stored."""
+        good = []
         for k, number in enumerate(numbers):
             bad = next((source for source, tensor in rows.items() if not torch.isfinite(tensor[k]).all()), None)
             if bad is None:
@@ -145,7 +146,7 @@ class _Shards:
                 tokens = self._job.layouts[output.source]
                 assert tokens.prefix is not None and tokens.grid is not None
                 tensor = derive(output, tensor, len(tokens.prefix), tokens.grid)
-            measured = errors[output.name].cpu().numpy()[good] if output.name in errors else None
+            measured = errors[output.name].numpy()[good] if output.name in errors else None
             writer.append(digests, tensor.numpy(), measured)
 
     def commit(self) -> None:
@@ -153,7 +154,7 @@ class _Shards:
             for writer in self._writers.values():
                 if path := writer.commit(replace=self._job.replace):
                     self._job.written.append(path)
-                    push_shard(path)
+                    push_shards(path.parent.parent, [path])
         finally:
             self.discard()
 
@@ -204,7 +205,7 @@ def run_local(job: ExtractionJob, units: list[ShardPlan], advance: Callable[[int
     Interrupted (Ctrl-C, an unreadable image under ``fail_fast``, a device whose memory others took), what was computed
     is committed first. Raises UnreadableImage, ForwardUnavailable.
     """
-    writer = _Writer(job.timings)
+    writer, copies = _Writer(job.timings), HostCopies(job.compute.device)
     numbers = (int(number) for unit in units for number in unit.rows)
     images = decode_many(
         job.read, numbers, job.preprocess, job.workers, 2 * job.compute.batch_size + job.workers, job.make
@@ -215,7 +216,7 @@ def run_local(job: ExtractionJob, units: list[ShardPlan], advance: Callable[[int
             for unit in units:
                 open_shards.append(_Shards(job, unit))
                 try:
-                    _run_unit(job, unit, open_shards[-1], images, writer, advance)
+                    _run_unit(job, unit, open_shards[-1], images, writer, copies, advance)
                 finally:  # also when interrupted: what was computed is kept
                     writer(open_shards[-1].commit)
         writer.finish()
@@ -272,7 +273,7 @@ _Decoded = tuple[int, torch.Tensor | str, float]  # what `decode_many` gives
 
 def _run_unit(
     job: ExtractionJob, unit: ShardPlan, shards: _Shards, images: Iterator[_Decoded], writer: _Writer,
-    advance: Callable[[int], Any],
+    copies: HostCopies, advance: Callable[[int], Any],
 ) -> None:  # fmt: skip
     dtype = job.layouts[unit.outputs[0].name].dtype
     for batch in _batches(job, unit, images, advance):
@@ -286,11 +287,18 @@ def _run_unit(
             rows, errors = job.compute(stacked, unit.outputs, dtype, places)
         if job.compute.earlier_s is not None:
             job.timings.correct_last(job.compute.earlier_s)
-        writer(shards.write, numbers, rows, errors)
+        writer(_write, shards, numbers, copies.begin(rows), copies.begin(errors))
         if job.fail_fast and job.failures:
             raise UnreadableImage(next(iter(job.failures.values())))
         job.timings.images += len(numbers)
         advance(len(numbers))
+
+
+def _write(
+    shards: _Shards, numbers: list[int], rows: Callable[[], dict[str, torch.Tensor]],
+    errors: Callable[[], dict[str, torch.Tensor]],
+) -> None:  # fmt: skip
+    shards.write(numbers, rows(), errors())
 
 
 def _batches(

@@ -103,7 +103,8 @@ def prepare(
 
     ``engine``: where `Extraction.run` computes: local, in this process; processes, in ``actors`` ones of this machine,
     by default one for each GPU; ray, in ``actors`` actors with ``num_gpus`` each, on the cluster at ``address``.
-    ``forward``: library, onednn or openvino; auto measures what is fastest (`featurecache.extraction.choose_forward`).
+    ``forward``: library, onednn, compiled or openvino; auto measures what is fastest, see
+    `featurecache.extraction.choose_forward`.
     ``remember``: write the digests of files to the cache while they are read, so that even a look that is killed need
     not be repeated; otherwise `Extraction.run` writes them. ``hash_ids``, ``hash_groups``: see
     `featurecache.sources.pseudonyms`. ``copies``: so many augmented copies of each training image, made by ``augment``

@@ -11,7 +11,7 @@ import multiprocessing
 import signal
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -39,7 +39,8 @@ class ProcessEngine:
     def run(self, job: ExtractionJob, units: list[ShardPlan], advance: Callable[[int], Any]) -> None:
         kind = job.compute.device.type
         names = [f"cuda:{number}" if kind == "cuda" else kind for number in range(self.count)]
-        run_workers(job, units, advance, [_Process(WorkerSetup.of(job, units, name)) for name in names])
+        setup = WorkerSetup.of(job, units, kind)  # of one run, for all of them
+        run_workers(job, units, advance, [_Process(replace(setup, device=name)) for name in names])
 
 
 def processes_for(device: torch.device, count: int | None) -> ProcessEngine:

@@ -48,7 +48,7 @@ from featurecache.files.locks import shared_lock, update_lock
 from featurecache.formatting import progress_bar, timed_part
 from featurecache.images.augmentation import AugmentationPlan, AugmentedCopies
 from featurecache.outputs import Output
-from featurecache.sources.base import Dataset
+from featurecache.sources.base import Dataset, ImageFiles
 from featurecache.sources.pseudonyms import Secret
 from featurecache.store.remote_cache import pull, push, version_of
 from featurecache.store.shards import Layout, RowLocations, notes_for
@@ -103,7 +103,7 @@ class Extraction:
     precision_reason: str = ""
     accept_drift: bool = False
     secret: Secret | None = None  # of hashed ids and groups
-    forward_way: str = "auto"  # library, onednn, openvino
+    forward_way: str = "auto"  # or one of WAYS
     engine: Engine = field(default_factory=LocalEngine)
     choice: ForwardChoice | None = None  # of the forward pass, once it is made
     choosing_s: float = 0.0  # seconds that the choice took, before the run
@@ -300,12 +300,12 @@ class Extraction:
         job = ShardJob(self.store, self.layouts, self.digests, notes)  # what follows from tokens needs no network
         if self.forward:
             self.compute().release()
-            reader = self._reader()
+            reader, images = self._reader(), self.dataset.images
             job = ExtractionJob(
                 self.store, self.layouts, self.digests, notes, read=reader.read, make=reader.make,
                 preprocess=self.backbone.preprocess, compute=self.compute(), workers=self.workers,
                 threads=plan["threads"], fail_fast=self.on_error == "fail", plain=self.plain,
-                images_per_s=plan.get("images_per_s"),
+                images_per_s=plan.get("images_per_s"), data=images.address if isinstance(images, ImageFiles) else "",
             )  # fmt: skip
         try:
             self._write_shards(job, plan, progress)

@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import os
 import platform
+import secrets
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
@@ -29,7 +30,7 @@ from featurecache.extraction.canary import check_canary, load_stored_backbone
 from featurecache.extraction.forward import ForwardRunner
 from featurecache.extraction.pipeline import ExtractionJob, ShardPlan, memory_errors, run_local
 from featurecache.extraction.timings import StageTimings
-from featurecache.files.mirror import place_of
+from featurecache.files.mirror import Mirror, place_of
 from featurecache.files.storage import is_address
 from featurecache.images.headers import EncodedImage
 from featurecache.outputs import Output
@@ -84,6 +85,8 @@ class WorkerSetup:
     notes: dict[str, str]
     read: Callable[[int], EncodedImage]
     make: Callable[[int, EncodedImage], EncodedImage] | None
+    data: str  # address of the images, if they have one
+    run: str  # by which workers of this run know each other
     workers: int
     threads: int
     fail_fast: bool
@@ -101,8 +104,8 @@ class WorkerSetup:
         outputs = tuple(dict.fromkeys(output for unit in units for output in unit.outputs))
         return cls(
             os.getcwd(), place_of(job.store.path), job.store, job.layouts, job.digests, job.notes, job.read, job.make,
-            job.workers, job.threads, job.fail_fast, job.plain, compute.backbone.provenance["request"], outputs, device,
-            compute.batch_size, compute.way, compute.parts,
+            job.data, secrets.token_hex(8), job.workers, job.threads, job.fail_fast, job.plain,
+            compute.backbone.provenance["request"], outputs, device, compute.batch_size, compute.way, compute.parts,
         )  # fmt: skip
 
 
@@ -132,10 +135,12 @@ class ShardWorker:
         if not os.path.isdir(setup.folder) or not folder.is_dir():
             missing = folder if os.path.isdir(setup.folder) else setup.folder
             raise CacheError(
-                f"{platform.node()} has no {missing}: the images, and a cache that is no address, have to be on a file "
-                "system that all machines mount at the same place."
+                f"{platform.node()} has no {missing}: this folder, and images and a cache that are no addresses, have "
+                "to be on a file system that all machines mount at the same place."
             )
         os.chdir(setup.folder)
+        if setup.data:
+            Mirror.of(setup.data, "data").pull_once(setup.run)  # an image is fetched when it is read
         setup = replace(setup, store=replace(setup.store, path=folder))
         device = torch.device(setup.device)
         if device.type == "cuda":

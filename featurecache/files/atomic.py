@@ -36,7 +36,7 @@ def check_room(folder: Path, needed: int, way: str) -> None:
 FileStamp = tuple[int, int, int, int]  # inode, size, mtime, ctime
 NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)  # a file system without locks: nothing is swept there
 
-CHUNK = 1 << 22  # bytes of a file that is only hashed
+_PIECE = 1 << 20  # bytes read at a time for hashing; stays in the cache of a core
 
 
 def refuse_links(*paths: Path) -> None:
@@ -70,13 +70,21 @@ def open_regular(path: Path) -> io.BufferedReader:
     return os.fdopen(descriptor, "rb")
 
 
+def hash_from(descriptor: int, offset: int = 0) -> str:
+    """XXH3-128 of all bytes from ``offset`` on. Read in pieces: a mapping would end the interpreter (SIGBUS) if the
+    file were cut meanwhile."""
+    digest, piece = xxhash.xxh3_128(), bytearray(_PIECE)
+    with memoryview(piece) as view:
+        while count := os.preadv(descriptor, [view], offset):
+            digest.update(view[:count])
+            offset += count
+    return digest.hexdigest()
+
+
 def hash_file(path: Path) -> str:
-    """XXH3-128, read in pieces. Raises OSError, CacheError for a link or a pipe."""
-    state = xxhash.xxh3_128()
+    """`hash_from` of a whole file. Raises OSError, CacheError for a link or a pipe."""
     with open_regular(path) as file:
-        while data := file.read(CHUNK):
-            state.update(data)
-    return state.hexdigest()
+        return hash_from(file.fileno())
 
 
 def file_stamp(path: Path) -> FileStamp | None:
@@ -104,7 +112,7 @@ class AtomicFile:
         with writing(path):
             if path.parent != inside:
                 path.parent.mkdir(parents=inside is None, exist_ok=True)
-            self._temporary, self._descriptor = locked_temporary(path)
+            self.temporary, self._descriptor = locked_temporary(path)
 
     def __enter__(self) -> AtomicFile:
         return self
@@ -114,10 +122,6 @@ class AtomicFile:
 
     def fileno(self) -> int:
         return self._descriptor
-
-    @property
-    def temporary(self) -> Path:
-        return self._temporary
 
     def write(self, offset: int, data: bytes | memoryview) -> None:
         rest = memoryview(data).cast("B")
@@ -139,13 +143,13 @@ class AtomicFile:
         with writing(self.path):
             os.fsync(self._descriptor)
             if replace or not self._link():
-                os.replace(self._temporary, self.path)
+                os.replace(self.temporary, self.path)
             sync_path(self.path.parent)
 
     def _link(self) -> bool:
         """Give it the name unless a file has it; False on a file system without hard links."""
         try:
-            os.link(self._temporary, self.path)  # unlike rename, never over a file that has just been committed
+            os.link(self.temporary, self.path)  # unlike rename, never over a file that has just been committed
         except FileExistsError:
             pass
         except OSError as error:
@@ -159,7 +163,7 @@ class AtomicFile:
             os.close(self._descriptor)
             self._descriptor = -1
             with contextlib.suppress(OSError):  # committed (the name is gone), or the folder is
-                os.unlink(self._temporary)
+                os.unlink(self.temporary)
 
 
 def write_whole(path: Path, data: bytes, *, inside: Path | None = None) -> None:

@@ -41,15 +41,14 @@ def read_delimited(file: str | Path, *, strict: bool = False) -> list[tuple[int,
         binary.seek(0)
         encoding = next((name for mark, name in _MARKS.items() if start.startswith(mark)), "utf-8")
         lines = io.TextIOWrapper(binary, encoding, newline="")
-        header, skipped = lines.readline(), 1
+        header = lines.readline()
         named = re.fullmatch(r'"?sep=(.)"?\s*', header)
         if not named:
             lines.seek(0)
-            skipped = 0
         plain, tabs = re.sub(r'"[^"]*"', "", header), ".tsv" in Path(file).suffixes[-2:]
         sign = named[1] if named else "\t" if tabs else max(SIGNS, key=plain.count)
         reader = csv.reader(lines, delimiter=sign, strict=strict)
-        return [(reader.line_num + skipped, row) for row in reader if row]
+        return [(reader.line_num + (named is not None), row) for row in reader if row]
 
 
 def _unpacked(file: IO[bytes]) -> IO[bytes]:

@@ -13,7 +13,7 @@ import contextlib
 import math
 import os
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -22,8 +22,8 @@ from typing import Any
 import numpy as np
 import xxhash
 
-from featurecache.errors import CacheError, DamagedFile, UnknownName, UnsafeFile
-from featurecache.files.atomic import open_regular
+from featurecache.errors import CacheError, DamagedFile, UnsafeFile
+from featurecache.files.atomic import hash_from, open_regular
 from featurecache.files.records import parse_json
 
 FORMAT = 2
@@ -31,7 +31,6 @@ USER_BLOCK = 512  # bytes; the smallest HDF5 allows
 ALIGNMENT = 64  # bytes; a cache line, and a multiple of every itemsize we store
 TEXTS = "index/text/"  # under it, of every column of text, `bytes` (UTF-8) and `ends` (int64)
 AGAIN = "Delete it and run the extraction again: that computes what is not there."
-_PIECE = 1 << 20  # bytes read at a time for hashing; stays in the cache of a core
 _LARGEST = 64 << 20  # bytes of a directory
 _MOST = 1 << 48  # values of a column; numpy cannot make a larger array, not even an empty one
 _LINE = re.compile(rb"featurecache \d{1,9} ([0-9a-f]{32}) (\d{1,18}) (\d{1,18}) (\d{1,18}) ([0-9a-f]{16})\n")
@@ -95,7 +94,7 @@ class ColumnFile:
 
     def check_bytes(self) -> None:
         """Raises DamagedFile unless every byte is the one that was written."""
-        if hash_after_block(self.descriptor) != self.block.digest:
+        if hash_from(self.descriptor, USER_BLOCK) != self.block.digest:
             raise DamagedFile(f"{self.path} is damaged: its content does not match the hash in its first line. {AGAIN}")
 
     def column(self, name: str) -> Column:
@@ -117,12 +116,17 @@ class ColumnFile:
             raise CacheError(f"{self.path}: {name} holds other things than true and false.")
         return values
 
-    def texts(self, name: str) -> Texts:
-        """A column of text: slices of one block of UTF-8, which are checked and not yet made."""
+    def text_block(self, name: str) -> tuple[np.ndarray, np.ndarray]:
+        """(UTF-8 uint8, stops int64 [N+1]) of a column of text: text k goes from stops[k] to stops[k+1]."""
         block, ends = self.array(f"{TEXTS}{name}/bytes", "u1"), self.array(f"{TEXTS}{name}/ends", "<i8")
         stops = np.concatenate([[0], ends])
         if stops[-1] != len(block) or (stops[1:] < stops[:-1]).any():
             raise UnsafeFile(f"{self.path}: the texts of {name} do not lie where it says.")
+        return block, stops
+
+    def texts(self, name: str) -> Texts:
+        """A column of text: slices of one block of UTF-8, which are checked and not yet made."""
+        block, stops = self.text_block(name)
         try:
             text = str(block.data, "utf-8")
         except UnicodeDecodeError as error:
@@ -133,25 +137,6 @@ class ColumnFile:
                 raise CacheError(f"{self.path}: a text of {name} ends within a character.")
             stops = (np.cumsum(begins) - 1)[stops]
         return Texts(text, stops)
-
-    def words(self, name: str, known: Collection[str]) -> np.ndarray:
-        """A column of text, object [N], each one of a few ``known`` ASCII words: read without making a million of them.
-        Raises UnknownName where one is another."""
-        block, ends = self.array(f"{TEXTS}{name}/bytes", "u1"), self.array(f"{TEXTS}{name}/ends", "<i8")
-        begins = np.concatenate([[0], ends[:-1]])[: len(ends)]
-        lengths = ends - begins
-        fine = begins.min() >= 0 and lengths.min() >= 0 and ends[-1] == len(block) if len(ends) else not len(block)
-        if not fine:
-            raise UnsafeFile(f"{self.path}: the texts of {name} do not lie where it says.")
-        codes = np.full(len(ends), len(known))
-        for code, word in enumerate(known):
-            rows = np.flatnonzero(lengths == len(word))
-            for place, letter in enumerate(word.encode("ascii")):
-                rows = rows[block[begins[rows] + place] == letter]
-            codes[rows] = code
-        if (codes == len(known)).any():
-            raise UnknownName(f"{self.path}: {name} holds other words than {', '.join(known)}.")
-        return np.array([*known], object)[codes]
 
 
 def read_user_block(path: Path) -> UserBlock:
@@ -167,17 +152,6 @@ def open_columns(path: Path) -> Iterator[ColumnFile]:
         block = _user_block(path, descriptor)
         attributes, columns = _directory(path, block, bytes(_pread(path, descriptor, block.offset, block.length)))
         yield ColumnFile(path, block, attributes, columns, descriptor)
-
-
-def hash_after_block(descriptor: int) -> str:
-    """xxh3_128 of all bytes after the user block. Read in pieces: a mapping would end the interpreter (SIGBUS) if the
-    file were cut meanwhile."""
-    digest, piece, offset = xxhash.xxh3_128(), bytearray(_PIECE), USER_BLOCK
-    with memoryview(piece) as view:
-        while count := os.preadv(descriptor, [view], offset):
-            digest.update(view[:count])
-            offset += count
-    return digest.hexdigest()
 
 
 @contextlib.contextmanager

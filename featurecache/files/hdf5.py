@@ -18,8 +18,8 @@ import numpy as np
 import xxhash
 
 from featurecache.errors import CannotWrite
-from featurecache.files.atomic import AtomicFile
-from featurecache.files.directory import ALIGNMENT, TEXTS, USER_BLOCK, UserBlock, hash_after_block
+from featurecache.files.atomic import AtomicFile, hash_from
+from featurecache.files.directory import ALIGNMENT, TEXTS, USER_BLOCK, UserBlock
 from featurecache.files.records import canonical_json
 
 if TYPE_CHECKING:  # it is loaded by whoever writes
@@ -174,5 +174,5 @@ def seal(file: AtomicFile, trace: WriteTrace) -> None:
         file.write(offset, data)
     file.truncate(trace.size)
     check = xxhash.xxh3_64_hexdigest(trace.directory)
-    digest = hash_after_block(file.fileno())
+    digest = hash_from(file.fileno(), USER_BLOCK)
     file.write(0, UserBlock(digest, trace.size, trace.directory_offset, len(trace.directory), check).to_bytes())

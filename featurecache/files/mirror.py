@@ -27,6 +27,7 @@ from pathlib import Path
 import xxhash
 
 from featurecache.errors import BadOption, CacheError, DamagedFile, StorageError
+from featurecache.files import storage
 from featurecache.files.atomic import (
     AtomicFile,
     check_room,
@@ -41,20 +42,6 @@ from featurecache.files.atomic import (
 from featurecache.files.directory import USER_BLOCK, open_columns, user_block_of
 from featurecache.files.machine_state import state_folder, state_key
 from featurecache.files.records import read_checked_json, write_checked_json
-from featurecache.files.storage import (
-    SERVER,
-    Conflict,
-    StoredObject,
-    canonical,
-    download,
-    is_address,
-    list_objects,
-    local_path,
-    read_range,
-    stat_object,
-    upload_file,
-    upload_record,
-)
 from featurecache.formatting import STANDS_FOR, byte_bar
 
 _AT_ONCE = 16  # files that are fetched at the same time
@@ -73,10 +60,10 @@ class Mirror:
     @classmethod
     def of(cls, address: str | os.PathLike[str], purpose: str) -> Mirror:
         """Nothing is asked of the network."""
-        address, state = canonical(address), state_folder()
+        address, state = storage.canonical(address), state_folder()
         if state is None:
             raise BadOption(f"{address} needs a folder on this machine, and there is no home: set $FEATURECACHE_STATE.")
-        key = state_key(address=address, purpose=purpose, server=[os.environ.get(name) for name in SERVER])
+        key = state_key(address=address, purpose=purpose, server=[os.environ.get(name) for name in storage.SERVER])
         mirror = cls(address, state / "remote" / key[:16], purpose)
         if not (mirror.base / "mirror.json").exists():
             with writing(mirror.base):
@@ -101,12 +88,12 @@ class Mirror:
 
     # -- what is there
 
-    def pull(self, now: Callable[[str], bool], wanted: Callable[[str], bool] = lambda name: True) -> int:
+    def pull(self, now: Callable[[str], object], wanted: Callable[[str], object] = lambda name: True) -> int:
         """Make the folder agree with the address; how many objects are there. Files that were made here and not
         uploaded yet stay. ``now``: names that are fetched at once; ``wanted``: others are not looked at."""
         with self._objects() as objects:
             remove_orphans(self.base)
-            listed = {name: entry for name, entry in list_objects(self.address).items() if wanted(name)}
+            listed = {name: entry for name, entry in storage.list_objects(self.address).items() if wanted(name)}
             for name in [name for name in objects if name not in listed and wanted(name)]:
                 self._remove(self._path(name))
                 del objects[name]
@@ -123,6 +110,14 @@ class Mirror:
             self._fetch_all(due, listed, objects)
         return len(listed)
 
+    def pull_once(self, run: str) -> None:
+        """`pull`, of which nothing is fetched now, for all processes of a ``run`` on this machine."""
+        with _locked(self.base / "listing"):
+            listed = self.base / "listed"
+            if not listed.is_file() or listed.read_text() != run:
+                self.pull(lambda name: False)
+                write_whole(listed, run.encode())
+
     def _remove(self, path: Path) -> None:
         """A file, and the folders that have no other: an empty one would be an empty class."""
         with writing(path):
@@ -131,7 +126,7 @@ class Mirror:
                 for folder in path.relative_to(self.folder).parents[:-1]:
                     (self.folder / folder).rmdir()
 
-    def _fetch_all(self, names: list[str], listed: dict[str, StoredObject], objects: Objects) -> None:
+    def _fetch_all(self, names: list[str], listed: dict[str, storage.StoredObject], objects: Objects) -> None:
         """Files as they are there; one that is damaged is looked at again by the next pull, and by whoever reads it."""
         for name, problem in self._download_all({name: listed[name].size for name in names}, as_it_is=True):
             path, there = self._path(name), listed[name]
@@ -171,7 +166,7 @@ class Mirror:
                 same, line = os.fstat(file.fileno()).st_size == size, file.read(USER_BLOCK)
         except (OSError, CacheError):
             return False
-        return same and line == read_range(self._remote(name), 0, USER_BLOCK)
+        return same and line == storage.read_range(self._remote(name), 0, USER_BLOCK)
 
     # -- its bytes
 
@@ -192,7 +187,7 @@ class Mirror:
             with writing(path):
                 temporary, descriptor = locked_temporary(self.base / "fetched")
             try:
-                download(self._remote(name), temporary)
+                storage.download(self._remote(name), temporary)
                 if not (problem := self._problem(temporary, path, size)) or (as_it_is and last):
                     with writing(path):
                         os.fsync(descriptor)
@@ -221,24 +216,24 @@ class Mirror:
     def fetch_head(self, path: Path) -> None:
         """All columns of a shard but its features, into its placeholder, by three ranges. HDF5 cannot open that: what
         is not there would read as zeros."""
-        name, size = self.name_of(path), path.lstat().st_size
+        remote, size = self._remote(self.name_of(path)), path.lstat().st_size
         try:
-            line = read_range(self._remote(name), 0, USER_BLOCK)
+            line = storage.read_range(remote, 0, USER_BLOCK)
             block = user_block_of(path, line, size)
             with AtomicFile(path) as draft:
                 draft.truncate(size)
                 draft.write(0, line)
-                draft.write(block.offset, read_range(self._remote(name), block.offset, block.offset + block.length))
+                draft.write(block.offset, storage.read_range(remote, block.offset, block.offset + block.length))
                 with open_columns(draft.temporary) as file:
                     others = [column for key, column in file.columns.items() if key != "features"]
                     end = file.column("features").offset
                 start = min(column.offset for column in others)
                 if all(column.end <= end for column in others):
-                    draft.write(start, read_range(self._remote(name), start, end))
+                    draft.write(start, storage.read_range(remote, start, end))
                 os.utime(draft.fileno(), ns=(0, 0))
                 draft.commit()
         except (FileNotFoundError, ValueError) as error:
-            raise DamagedFile(f"{self._remote(name)} cannot be read: {error}.") from error
+            raise DamagedFile(f"{remote} cannot be read: {error}.") from error
 
     # -- what is made here
 
@@ -255,12 +250,12 @@ class Mirror:
             data = path.read_bytes()
             if known == (made := xxhash.xxh3_128_hexdigest(data)):
                 return True
-            with contextlib.suppress(Conflict, FileNotFoundError):
+            with contextlib.suppress(storage.Conflict, FileNotFoundError):
                 if made_from not in (None, version):
-                    raise Conflict
-                objects[name] = [upload_record(self._remote(name), data, version), made]
+                    raise storage.Conflict
+                objects[name] = [storage.upload_record(self._remote(name), data, version), made]
                 return True
-            if (there := stat_object(self._remote(name))) is None:  # it was removed there meanwhile
+            if (there := storage.stat_object(self._remote(name))) is None:  # it was removed there meanwhile
                 objects.pop(name, None)
                 return False
             self._fetch_all([name], {name: there}, objects)
@@ -268,8 +263,8 @@ class Mirror:
 
     def put_new(self, name: str) -> None:
         """Upload a file of ours that never changes. Where one of its name is there, that one stays, here too."""
-        upload_file(self._path(name), self._remote(name))
-        if (there := stat_object(self._remote(name))) is None:
+        storage.upload_file(self._path(name), self._remote(name))
+        if (there := storage.stat_object(self._remote(name))) is None:
             raise StorageError(f"{self._remote(name)} was removed as soon as it was written.")
         with self._objects() as objects:
             if not self._has_same_bytes(name, there.size):
@@ -284,8 +279,8 @@ class Mirror:
     def check_conditions(self, name: str) -> None:
         """Raises StorageError where a server takes an object over one that is there: two machines would lose views."""
         try:
-            upload_record(self._remote(name), self._path(name).read_bytes(), "")
-        except Conflict:
+            storage.upload_record(self._remote(name), self._path(name).read_bytes(), "")
+        except storage.Conflict:
             return
         raise StorageError(
             f"the server of {self.address} does not keep conditions of uploads (If-None-Match), by which two machines "
@@ -297,10 +292,7 @@ class Mirror:
     @contextlib.contextmanager
     def _objects(self) -> Iterator[Objects]:
         """`objects.json`, to be changed; other processes of this machine wait. Also after an error it says what is."""
-        with writing(self.base):
-            descriptor = os.open(self.base / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        with _locked(self.base / "lock"):
             objects = self._read()
             before = json.dumps(objects)
             try:
@@ -308,8 +300,6 @@ class Mirror:
             finally:
                 if (after := json.dumps(objects)) != before:
                     write_whole(self.base / "objects.json", after.encode())
-        finally:
-            os.close(descriptor)
 
     def _read(self) -> Objects:
         try:
@@ -317,6 +307,17 @@ class Mirror:
         except (OSError, ValueError):
             return {}
         return objects if isinstance(objects, dict) else {}
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    with writing(path):
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def is_placeholder(path: str | os.PathLike[str]) -> bool:
@@ -375,10 +376,11 @@ def place_of(path: str | os.PathLike[str]) -> str:
 def refuse_address(place: str | os.PathLike[str], what: str) -> None:
     """Raises BadOption for an address, or a folder of a mirror: ``what`` takes files away, and nobody can be kept out
     there meanwhile."""
-    address = os.fspath(place) if is_address(place) else mirror.address if (mirror := mirror_of(place)) else None
-    if address is not None and local_path(address) is None:
+    mirror = None if storage.is_address(place) else mirror_of(place)
+    address = mirror.address if mirror else os.fspath(place)
+    if storage.is_address(address) and storage.local_path(address) is None:
         raise BadOption(
-            f"{what} takes files away, and others cannot be locked out of {canonical(address)} meanwhile: copy it to a "
-            f"folder (aws s3 sync, gcloud storage rsync), {what} there with --cache DIR, and copy it back with "
+            f"{what} takes files away, and others cannot be locked out of {storage.canonical(address)} meanwhile: copy "
+            f"it to a folder (aws s3 sync, gcloud storage rsync), {what} there with --cache DIR, and copy it back with "
             "--delete while nobody adds to it."
         )

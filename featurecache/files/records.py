@@ -29,9 +29,9 @@ DEEPEST = 64
 _CHECK = "check"
 
 
-def read_record(path: Path, most: int = MOST) -> dict[str, Any]:
+def read_record(path: Path) -> dict[str, Any]:
     """The object in a JSON file. Raises CacheError, which says what is wrong with it."""
-    return _parsed(path, most)[0]
+    return _parsed(path)[0]
 
 
 def write_checked_json(record: dict[str, Any]) -> bytes:
@@ -42,7 +42,7 @@ def write_checked_json(record: dict[str, Any]) -> bytes:
 def read_checked_json(path: Path, *, by_hand: bool = True) -> tuple[dict[str, Any], bool]:
     """(the record without its check, whether it is the text that was written). One without a check is taken as it is
     where it may be written ``by_hand``."""
-    record, text = _parsed(path, MOST)
+    record, text = _parsed(path)
     if _CHECK not in record:
         return record, by_hand
     check = record.pop(_CHECK)
@@ -80,14 +80,14 @@ def _text(record: dict[str, Any]) -> bytes:
     return text.encode("utf-8", "backslashreplace")
 
 
-def _parsed(path: Path, most: int) -> tuple[dict[str, Any], bytes]:
+def _parsed(path: Path) -> tuple[dict[str, Any], bytes]:
     """(the object in a JSON file, its text)."""
     try:
         with open_regular(path) as file:
             size = os.fstat(file.fileno()).st_size
-            if size > most:
-                raise CacheError(f"{path} has {size:,} bytes; a record has at most {most:,}.")
-            text = file.read(most)
+            if size > MOST:
+                raise CacheError(f"{path} has {size:,} bytes; a record has at most {MOST:,}.")
+            text = file.read(MOST)
         record = parse_json(text.decode(), str(path))
     except FileNotFoundError as error:
         raise CacheError(f"{path} is missing.") from error
@@ -151,7 +151,7 @@ def is_text(value: str) -> bool:
     return True
 
 
-WAYS = ("library", "onednn", "openvino")  # of a forward pass: see featurecache.extraction.forward
+WAYS = ("library", "onednn", "compiled", "openvino")  # of a forward pass: see featurecache.extraction.forward
 ENGINES = ("local", "processes", "ray")  # where shards are computed
 
 
@@ -159,8 +159,8 @@ def checked_plan(plan: dict[str, Any], path: Path) -> dict[str, Any]:
     """The plan of a store, of which the numbers steer a forward pass."""
     bounds = {"batch_size": 1 << 16, "threads": 1 << 12}
     for device, how in plan.items():
-        numbers = [(how.get(key), most) for key, most in bounds.items()] if isinstance(how, dict) else [(None, 0)]
-        if not all(type(number) is int and 0 < number <= most for number, most in numbers):
+        fine = isinstance(how, dict) and all(type(how.get(key)) is int for key in bounds)
+        if not fine or not all(0 < how[key] <= most for key, most in bounds.items()):
             raise CacheError(f"{path} has no batch_size and threads for {device[:40]!a}. Delete it to plan anew.")
         if "cost" in how and not _is_cost(how["cost"]):
             raise CacheError(f"{path} does not say what an image costs on {device[:40]!a}. Delete it to plan anew.")

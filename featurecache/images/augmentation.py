@@ -20,6 +20,7 @@ import numpy as np
 
 from featurecache.errors import BadOption, CacheError, nearest
 from featurecache.files.records import canonical_json
+from featurecache.formatting import exact_number
 from featurecache.images import decoding
 from featurecache.images.headers import EncodedImage
 
@@ -113,7 +114,7 @@ class AugmentationStep:
             )
 
     def __str__(self) -> str:
-        return self.word + (f"{self.amount:g}" if self.amount else "")
+        return self.word + (exact_number(self.amount) if self.amount else "")
 
     def to_dict(self) -> dict[str, Any]:
         kind = OPERATIONS[self.word]

@@ -99,7 +99,7 @@ def digest(data: EncodedImage, frame: int | None = None) -> str:
 
 def _holds_several(data: bytes) -> bool:
     if headers.is_dicom(data):  # one that is a TIFF at once was read as that before DICOM was known here
-        return headers.is_dicom_and_tiff(data) or dicom.read_header(data).frames > 1
+        return tiff.is_tiff(data) or dicom.read_header(data).frames > 1
     return headers.holds_several(data)
 
 

@@ -128,8 +128,8 @@ def pillow_image() -> Any:
 
 def is_dicom(data: bytes) -> bool:
     """Whether bytes, of which the first ``DICOM_FRONT`` will do, are a DICOM file (PS3.10, 7.1: 128 bytes for anybody's
-    use, then "DICM"). Some scanners and slides make use of them to be a TIFF at once: that is DICOM, and
-    `is_dicom_and_tiff`. Old archives have neither, and begin with the data set."""
+    use, then "DICM"). Some scanners and slides make use of them to be a TIFF at once: that is DICOM.
+    Old archives have neither, and begin with the data set."""
     if data[128:132] == b"DICM":
         return not data.startswith(_NOT_DICOM)
     return _begins_as_data_set(data[:DICOM_FRONT])
@@ -147,10 +147,6 @@ def _begins_as_data_set(front: bytes) -> bool:
         return False
     first, second = (struct.unpack_from(order + "HH", front, at) for at in (0, 8 + size))
     return first < second and second[0] <= 0x0010
-
-
-def is_dicom_and_tiff(data: bytes) -> bool:
-    return is_dicom(data) and tiff.is_tiff(data)
 
 
 class Jpeg(NamedTuple):

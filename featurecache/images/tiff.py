@@ -40,9 +40,6 @@ class Tiff(NamedTuple):
     photometric_at: int  # place of that value in the file
 
 
-_NO_TIFF = Tiff(0, 1, 0, 0, False, 0, False, False, 0)
-
-
 class _TiffEntry(NamedTuple):
     tag: int
     kind: int
@@ -152,7 +149,8 @@ def page_alone(data: bytes, number: int) -> bytes:
 def plane_alone(data: bytes, plane: int) -> bytes:
     """The plane of one colour of the first page as a grey file. Raises struct.error where there is none."""
     offset, number, entry, _ = _numbers(data)
-    page, samples = next(_directories(data), (0, 0)), (read_tiff(data) or _NO_TIFF).samples
+    page, header = next(_directories(data), (0, 0)), read_tiff(data)
+    samples = 1 if header is None else header.samples
     fresh = []
     for each in _entries(data, *page):
         kind, count, values = each.kind, each.length, data[each.at : each.at + _bytes_of(each)]

@@ -57,13 +57,15 @@ class Columns:
     def bytes(self) -> int:
         return sum(len(self.view) * layout.row_bytes for layout in self.outputs.values())
 
-    def blocks(self, name: str, advance: Advance, step: int | None = None) -> Iterator[tuple[int, np.ndarray]]:
-        """(first row, rows [b, ...]) in the order of the view; ``advance`` is told of each that was written."""
-        size = step or max(1, BLOCK // self.outputs[name].row_bytes)
-        for start in range(0, len(self.view), size):
-            block = self.view.array(name, np.arange(start, min(start + size, len(self.view))))
-            yield start, block
-            advance(block.nbytes)
+    def blocks(self, names: Sequence[str], advance: Advance, step: int = 0) -> Iterator[tuple[int, list[np.ndarray]]]:
+        """(first row, rows [b, ...] of each output) in the order of the view; ``advance`` is told of each that was
+        written. ``step``: so many rows at a time, by default `BLOCK` bytes."""
+        step = step or max(1, BLOCK // sum(self.outputs[name].row_bytes for name in names))
+        for start in range(0, len(self.view), step):
+            rows = np.arange(start, min(start + step, len(self.view)))
+            blocks = [self.view.array(name, rows) for name in names]
+            yield start, blocks
+            advance(sum(block.nbytes for block in blocks))
 
     def text(self) -> dict[str, list[str]]:
         """Columns of text, by the names they have in a view."""
@@ -96,7 +98,7 @@ def write_hdf5(sink: Sink, columns: Columns, compress: bool, advance: Advance) -
             features = file.create_dataset(name, (len(columns.view), *layout.shape), layout.dtype, **packed)
             features.attrs.update(layout.attributes())
             step = max(1, BLOCK // (rows * layout.row_bytes)) * rows  # whole chunks: each is compressed once
-            for start, block in columns.blocks(name, advance, step):
+            for start, (block,) in columns.blocks([name], advance, step):
                 features[start : start + len(block)] = block
 
 
@@ -117,7 +119,7 @@ def write_npz(sink: Sink, columns: Columns, compress: bool, advance: Advance) ->
         for key, array in small.items():
             _write_member(file, key, array.shape, array.dtype, [array])
         for name, layout in columns.outputs.items():
-            blocks = (block for _, block in columns.blocks(name, advance))
+            blocks = (block for _, (block,) in columns.blocks([name], advance))
             _write_member(file, name, (len(view), *layout.shape), np.dtype(layout.dtype), blocks)
 
 
@@ -137,18 +139,16 @@ def write_parquet(sink: Sink, columns: Columns, compress: bool, advance: Advance
     import pyarrow
     from pyarrow import parquet
 
-    view, outputs = columns.view, columns.outputs
+    outputs = columns.outputs
     table, widths = pyarrow.table(columns.view.table()), {name: outputs[name].shape[0] for name in outputs}
     fields = [pyarrow.field(name, pyarrow.list_(pyarrow.float32(), width)) for name, width in widths.items()]
     schema = pyarrow.schema([*table.schema, *fields], {"featurecache": json.dumps(columns.attributes())})
     step = max(1, BLOCK // (4 * sum(widths.values())))
     with parquet.ParquetWriter(sink, schema, compression="zstd" if compress else "none") as writer:
-        for start in range(0, len(view), step):
+        for start, blocks in columns.blocks([*outputs], advance, step):
             part = table.slice(start, step)
-            blocks = [view.array(name, np.arange(start, start + len(part))) for name in outputs]
             lists = [pyarrow.FixedSizeListArray.from_arrays(b.astype("f4").ravel(), b.shape[1]) for b in blocks]
             writer.write_table(pyarrow.Table.from_arrays([*part.combine_chunks().columns, *lists], schema=schema))
-            advance(sum(block.nbytes for block in blocks))
 
 
 def write_csv(sink: Sink, columns: Columns, compress: bool, advance: Advance) -> None:
@@ -157,18 +157,15 @@ def write_csv(sink: Sink, columns: Columns, compress: bool, advance: Advance) ->
     widths = {name: columns.outputs[name].shape[0] for name in names}
     header = [*table, *(f"{name}.{k}" for name in names for k in range(widths[name]))]
     step = max(1, BLOCK // (16 * sum(widths.values())))
-    for start in range(0, len(columns.view), step):
+    for start, blocks in columns.blocks(names, advance, step):
         text = io.StringIO()
         rows = csv.writer(text, lineterminator="\n")
         if not start:
             rows.writerow(header)
-        stop = min(start + step, len(columns.view))
-        blocks = [columns.view.array(name, np.arange(start, stop)) for name in names]
         features = np.concatenate([block.astype("f4") for block in blocks], 1).astype("U").tolist()
-        cells = zip(*(column[start:stop].tolist() for column in table.values()), strict=True)
+        cells = zip(*(column[start : start + step].tolist() for column in table.values()), strict=True)
         rows.writerows([*map(cell, left), *right] for left, right in zip(cells, features, strict=True))
         sink.write(text.getvalue().encode())
-        advance(sum(block.nbytes for block in blocks))
 
 
 def write_safetensors(sink: Sink, columns: Columns, compress: bool, advance: Advance) -> None:
@@ -193,7 +190,7 @@ def write_safetensors(sink: Sink, columns: Columns, compress: bool, advance: Adv
         )
     sink.write(len(text).to_bytes(8, "little") + text)
     for name in order:
-        for _, block in [(0, small[name])] if name in small else columns.blocks(name, advance):
+        for _, (block,) in [(0, [small[name]])] if name in small else columns.blocks([name], advance):
             sink.write(np.ascontiguousarray(block).data)
 
 

@@ -110,14 +110,14 @@ def find_leaks(
     if most < 1:
         raise BadOption(f"--most is {most}; it must be at least 1.")
     chosen = comparison_vector(view, output) if near else None
-    codes, keys, plain = split_codes(view, names), _exact_keys(view), _plain(view)
+    words = view.splits if names is None else np.asarray(names)
+    codes, keys, plain = split_codes(view, words), _exact_keys(view), _plain(view)
     sets = np.where(codes < 0, np.where(plain, len(SPLITS), -1), codes)
     findings = [leak for kind, numbers in keys.items() for leak in shared_keys(kind, numbers, codes)]
     findings += image_copies(keys["image"], sets)
     if chosen is not None:
         findings += _near(view, chosen, keys["image"], sets, threshold, most, progress)
     findings += label_conflicts(keys["image"], np.asarray(view.labels), codes, plain)
-    words = view.splits if names is None else np.asarray(names)
     return Leaks(tuple(findings), chosen, threshold, words, _not_compared(view, codes, chosen))
 
 
@@ -154,7 +154,11 @@ def leaking(view: LeakInput, names: np.ndarray) -> dict[str, np.ndarray]:
 def _exact_keys(view: LeakInput) -> dict[str, np.ndarray]:
     """Kind of leak -> int64 [N]: which image a row is, and where groups are known which group it belongs to."""
     groups = {} if view.groups is None else {"group": numbered(view.groups)}
-    return {"image": numbered(np.asarray(view.digests).tolist()), **groups}
+    digests = np.asarray(view.digests)
+    _, first, of = np.unique(digests, return_index=True, return_inverse=True)
+    images = np.argsort(np.argsort(first))[of]  # in the order of their first appearance
+    images[digests == b""] = -1
+    return {"image": images, **groups}
 
 
 def numbered(values: Iterable[Any]) -> np.ndarray:
@@ -163,18 +167,17 @@ def numbered(values: Iterable[Any]) -> np.ndarray:
     return np.array([numbers.setdefault(value, len(numbers)) if value else -1 for value in values], dtype=np.int64)
 
 
-def split_codes(view: LeakInput, names: np.ndarray | None = None) -> np.ndarray:
+def split_codes(view: LeakInput, names: np.ndarray) -> np.ndarray:
     """int64 [N]: 0, 1, 2 for train, val, test; -1 for rows in no split and for augmented copies."""
-    words = view.splits if names is None else np.asarray(names).tolist()
     number = {name: code for code, name in enumerate(SPLITS)}
-    codes = np.array([number.get(word, -1) for word in words], dtype=np.int64)
+    codes = np.array([number.get(word, -1) for word in np.asarray(names).tolist()], dtype=np.int64)
     codes[~_plain(view)] = -1
     return codes
 
 
 def _plain(view: LeakInput) -> np.ndarray:
     """bool [N]: rows that are no augmented copies."""
-    return np.ones(len(view.ids), bool) if view.versions is None else np.asarray(view.versions) == 0
+    return np.ones(len(view.digests), bool) if view.versions is None else np.asarray(view.versions) == 0
 
 
 def shared_keys(kind: str, keys: np.ndarray, codes: np.ndarray) -> list[LeakFinding]:

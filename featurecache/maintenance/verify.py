@@ -20,8 +20,8 @@ import numpy as np
 import xxhash
 
 from featurecache.errors import CacheError, FeatureCacheError, StorageError
-from featurecache.files.atomic import FileStamp, file_stamp, open_regular
-from featurecache.files.directory import hash_after_block, read_user_block
+from featurecache.files.atomic import FileStamp, file_stamp, hash_from, open_regular
+from featurecache.files.directory import USER_BLOCK, read_user_block
 from featurecache.files.mirror import fetch
 from featurecache.store.reference import canary_path, read_reference
 from featurecache.store.schema import StoredOutput
@@ -175,7 +175,7 @@ def _hashed(path: Path, advance: Callable[[int], object]) -> str | None:
         fetch([path], again=True)
         block = read_user_block(path)
         with open_regular(path) as file:
-            actual = hash_after_block(file.fileno())
+            actual = hash_from(file.fileno(), USER_BLOCK)
     except StorageError:  # which says nothing of the file
         raise
     except (CacheError, OSError) as error:

@@ -16,17 +16,16 @@ import numpy as np
 
 from featurecache.errors import BadOption, NotFetched, SeveralReadings, SourceError, StorageError, nearest
 from featurecache.files.atomic import refuse_special
+from featurecache.files.mirror import Mirror
 from featurecache.files.storage import canonical, is_address, local_path
 from featurecache.images.headers import check_crop
 from featurecache.sources import fetching, huggingface, medmnist, torchvision_datasets
-from featurecache.sources.addresses import mirrored_source
 from featurecache.sources.base import Dataset, ImageArrays, safe_name
 from featurecache.sources.dicom_frames import expand_frames
 from featurecache.sources.folders import list_folder, open_folder, open_images_below
 from featurecache.sources.in_memory import KIND as IN_MEMORY
 from featurecache.sources.in_memory import open_memory
 from featurecache.sources.labels import ROLES, ordered_labels, resolve_labels
-from featurecache.sources.limit import limit_images
 from featurecache.sources.pseudonyms import pseudonymise, secret_of
 from featurecache.sources.published_layouts import is_chest_xray, is_tiny_imagenet, open_chest_xray, open_tiny_imagenet
 from featurecache.sources.summary import contact_sheet, describe_dataset
@@ -164,7 +163,8 @@ def open_source(
     if not isinstance(data, str | os.PathLike):
         if given := [name for name, value in words.items() if value is not None and name != "task"]:
             raise SourceError(f"{given[0]} says how a folder or a table is read; the images are given as they are.")
-        return _limited(expand_frames(replace(open_memory(data, task), bits=bits, crop=edges), page), limit, limit_seed)
+        whole = expand_frames(replace(open_memory(data, task), bits=bits, crop=edges), page)
+        return limit_images(whole, limit, limit_seed)
     words |= {"page": page, "bits": bits, "crop": edges and list(edges), "limit": limit, "limit_seed": limit_seed}
     kind, what = _find(data)
     try:
@@ -221,7 +221,10 @@ def _open(kind: str, what: str, data: str | os.PathLike[str], words: dict[str, A
     for name in options.keys() - set(source.options):
         raise SourceError(f"--{name.replace('_', '-')} is {_ABOUT[name]}; {data} is {source.form}.")
     given = (columns or None, task) if source.columns else (task,)
-    dataset = _ordered(source.open(what, *given, **options), kind, task, order, data)
+    dataset = source.open(what, *given, **options)
+    if order is not None or kind not in _PUBLISHED:
+        labels, classes = ordered_labels(dataset.labels, dataset.classes, task or "", order, str(data))
+        dataset = replace(dataset, classes=classes, labels=labels)
     record = {"kind": kind, "data": what, **words, **dataset.source}
     record |= {"data": _name_of(data)} if is_address(data) else {}
     record |= {"root": _name_of(words["root"])} if is_address(words["root"]) else {}
@@ -234,30 +237,12 @@ def _open(kind: str, what: str, data: str | os.PathLike[str], words: dict[str, A
             raise SourceError(f"the name of {name!r} in {data} is not UTF-8; rename it.") from None
     reading = {"bits": words["bits"], "crop": words["crop"] and check_crop(words["crop"])}
     whole = expand_frames(replace(dataset, name=safe_name(dataset.name), source=record, **reading), words["page"])
-    return _limited(whole, words["limit"], words["limit_seed"])
+    return limit_images(whole, words["limit"], words["limit_seed"])
 
 
 def _name_of(address: str | os.PathLike[str]) -> str:
     """As a view keeps it: the same for other machines and users."""
     return canonical(address) if (path := local_path(address)) is None else str(path)
-
-
-def _limited(dataset: Dataset, limit: int | None, seed: int | None) -> Dataset:
-    if limit is None:
-        if seed is not None:
-            raise BadOption("--limit-seed is of what --limit draws; give --limit too.")
-        return dataset
-    return limit_images(dataset, limit, seed or 0)
-
-
-def _ordered(
-    dataset: Dataset, kind: str, task: str | None, order: Sequence[str] | None, data: str | os.PathLike[str]
-) -> Dataset:
-    """``dataset`` with its classes, and so its labels, in their order; published sets bring theirs."""
-    if order is None and kind in _PUBLISHED:
-        return dataset
-    labels, classes = ordered_labels(dataset.labels, dataset.classes, task or "", order, str(data))
-    return replace(dataset, classes=classes, labels=labels)
 
 
 def _find(data: str | os.PathLike[str]) -> tuple[str, str]:
@@ -289,3 +274,72 @@ def _find(data: str | os.PathLike[str]) -> tuple[str, str]:
         if source.fits and source.fits(path):
             return kind, path
     raise SourceError(f"{data} is {'a file' if os.path.exists(path) else 'a broken link'}; expected {forms}.")
+
+
+# -- data in object storage
+
+
+def mirrored_source(address: str | os.PathLike[str], *, folder: bool = False) -> str:
+    """The absolute path that stands on this machine for an s3:// or gs:// address of a folder, table, archive or tars.
+
+    A folder is fetched whole, a file alone. Of a table and of tars the table, and names and sizes of all that lies
+    below their folder; an image or a tar is fetched when it is first read; ``folder``: of which nothing is fetched yet.
+    What has come stays in this machine's state folder, where a later run finds it unless the object has changed
+    (`featurecache.files.mirror`). Raises BadOption, SourceError, StorageError."""
+    if (path := local_path(address)) is not None:
+        return str(path)
+    address = canonical(address)
+    if folder or not (is_table(address) or address.lower().endswith(".tar")):
+        mirror, name = Mirror.of(address, "data"), ""
+    else:
+        plain = re.split(r"[*?\[{]", address)[0] if is_pattern(address) else address
+        above = plain.rpartition("/")[0]
+        mirror, name = Mirror.of(above, "data"), address.removeprefix(f"{above}/")
+    if not mirror.pull(lambda each: each == name or not (name or folder)):
+        raise SourceError(f"there is nothing at {mirror.address}.")
+    return str(mirror.folder / name)
+
+
+# -- a part of the images
+
+
+def limit_images(dataset: Dataset, limit: int | None, seed: int | None) -> Dataset:
+    """``--limit N``: a stratified sample of the images, by class within splits, drawn by a seed, in their order; all
+    where there are not more, or no ``limit``. A smaller sample is part of a larger one of the same seed, so what was
+    computed for it is there. Raises BadOption."""
+    if limit is None:
+        if seed is not None:
+            raise BadOption("--limit-seed is of what --limit draws; give --limit too.")
+        return dataset
+    seed = seed or 0
+    if limit < 1 or seed < 0:
+        raise BadOption(f"--limit is at least 1 and --limit-seed at least 0, not {limit} and {seed}.")
+    rows = np.sort(_drawn(_strata(dataset), seed)[:limit])
+    words = f"{len(rows):,} of {len(dataset):,} images (--limit), drawn by class within splits, seed {seed}"
+    understood = "; ".join([*dataset.understood, words])
+    source = dataset.source | {"limit": limit, "limit_seed": seed, "understood": understood}
+    name = safe_name(f"{dataset.name}-limit-{limit}" + (f"-{seed}" if seed else ""))
+    return replace(dataset.at(rows), name=name, source=source, understood=(*dataset.understood, words))
+
+
+def _strata(dataset: Dataset) -> np.ndarray:
+    """int [N]: one number for each class in each split; of several labels the rarest that an image has."""
+    labels, splits = dataset.labels, np.unique(np.array(dataset.splits, dtype=str), return_inverse=True)[1]
+    if labels.ndim == 2:
+        rare_first = np.argsort((labels == 1).sum(0), kind="stable")
+        has = (labels == 1)[:, rare_first]
+        labels = np.where(has.any(1), rare_first[has.argmax(1)], -1)
+    return splits * (labels.max(initial=-1) + 2) + labels + 1
+
+
+def _drawn(strata: np.ndarray, seed: int) -> np.ndarray:
+    """int64 [N]: all rows in the order in which they are drawn: first one of every stratum, then each stratum evenly.
+    Where the strata begin to be counted is drawn too: what rounding takes from one it gives to another."""
+    rng, place = np.random.default_rng([seed, 8]), np.zeros(len(strata))
+    names, sizes = np.unique(strata, return_counts=True)
+    offsets = (rng.permutation(len(names)) + 0.5) / len(names)
+    for name, size, offset in zip(names, sizes, offsets, strict=True):
+        rows = rng.permutation(np.flatnonzero(strata == name))
+        place[rows] = (np.arange(size) + offset) / size
+        place[rows[0]] = 0
+    return np.argsort(place, kind="stable")

@@ -21,7 +21,15 @@ import numpy as np
 from featurecache.errors import Reading, SourceError
 from featurecache.formatting import abbreviated
 from featurecache.sources.label_cells import LabelColumns, LabelOptions, labels_of_columns
-from featurecache.sources.labels import class_labels, finite_number, groups_or_ids, role_columns, split_names
+from featurecache.sources.labels import (
+    ROLES,
+    class_labels,
+    find_roles,
+    finite_number,
+    groups_or_ids,
+    role_columns,
+    split_names,
+)
 from featurecache.sources.pairs import groups_of_pairs
 from featurecache.sources.vocabulary import PERSON, is_missing, split_names_of, words_of
 
@@ -64,6 +72,17 @@ class Annotations:
     uncertain: str | None = field(default=None, kw_only=True)  # what -1 was read as, where a label column holds it
 
 
+def roles_of_table(table: Table, requested: Mapping[str, str]) -> dict[str, list[str]]:
+    """Role → its columns: as requested (empty: none), else by name. Raises SourceError."""
+    taken = {word.strip() for text in requested.values() for word in (text, *text.split(","))}
+    free = {name: cells for name, cells in table.columns.items() if name not in taken}
+    kinds = {name: {cell for cell in cells if not is_missing(cell)} for name, cells in free.items()}
+    # One called case or study has to number some, not to say yes and no or to name two cohorts.
+    grouping = [name for name in free if name.strip().lower() not in _NUMBERED or len(kinds[name]) >= _FEWEST]
+    candidates = {role: role_columns(role, grouping if role == "group" else free) for role in ROLES}
+    return find_roles(table.name, list(table.columns), requested, candidates, several="label")
+
+
 def annotations_of_text(
     table: Table, roles: Mapping[str, list[str]], ids: list[str], how: LabelOptions, listed: Sequence[str] = (), *,
     splits_in_paths: bool = False,
@@ -93,8 +112,8 @@ def annotations_of_text(
         labels, classes = labels_of_columns(cells, label)
         remarks += _missing_words(cells)
     groups, understood = _groups(table, roles["group"], ids)
-    if groups is None and (repeated := repeated_ids(further, labels.tolist() if labels.ndim == 1 else [0] * len(ids))):
-        notes.append(repeated_ids_note(repeated))
+    if groups is None:
+        notes += _repeated_ids(further, labels.tolist() if labels.ndim == 1 else [0] * len(ids))
     meta = {name: numbers_or_text(cells) for name, cells in further.items()}
     return Annotations(
         ids, labels, splits, groups, meta, classes, remarks=(*remarks, *understood), notes=tuple(notes),
@@ -180,32 +199,21 @@ def groups_in_paths(paths: Sequence[str]) -> tuple[list[str], str] | None:
     return groups_of_pairs(paths)
 
 
-def group_columns(columns: Mapping[str, Sequence[str]]) -> list[str]:
-    """The columns that may be the groups by their names; one called case or study has to number some, not to say yes
-    and no or to name two cohorts."""
-    kinds = {name: {cell for cell in cells if not is_missing(cell)} for name, cells in columns.items()}
-    return role_columns("group", [n for n in columns if n.strip().lower() not in _NUMBERED or len(kinds[n]) >= _FEWEST])
-
-
-def repeated_ids(columns: Mapping[str, Sequence[str]], labels: Sequence[object]) -> list[str]:
-    """Those of further columns that look like ids and stand beside several images each."""
-    found = []
+def _repeated_ids(columns: Mapping[str, Sequence[str]], labels: Sequence[object]) -> list[str]:
+    """One sentence where some of further columns look like ids and stand beside several images each."""
+    names = []
     for name, cells in columns.items():
         kinds = Counter(cell for cell in cells if not is_missing(cell))
-        repeats = _FEWEST <= len(kinds) < sum(kinds.values()) and len(kinds) * _SHARE >= len(cells)
-        if repeats and _looks_like_ids(name, kinds) and len(set(zip(labels, cells, strict=True))) > len(set(labels)):
-            found.append(name)
-    return found
-
-
-def repeated_ids_note(names: Sequence[str]) -> str:
+        if not _FEWEST <= len(kinds) < kinds.total() or len(kinds) * _SHARE < len(cells):
+            continue
+        codes = all(re.fullmatch(r"(?=.*\d)(?=.*[^\W\d])\S+", cell) for cell in kinds)  # letters, digits: HAM_0000118
+        like_ids = _ID_WORDS & set(words_of(name)) or (codes and len(kinds) > 2 * _FEWEST)
+        if like_ids and len(set(zip(labels, cells, strict=True))) > len(set(labels)):
+            names.append(name)
+    if not names:
+        return []
     each = "stands" if len(names) == 1 else "stand"
-    return (
+    return [
         f"{abbreviated(names, 3)} {each} beside several images each, and may be of one person or lesion: --column "
         f"group={names[0]} keeps such images in one split."
-    )
-
-
-def _looks_like_ids(name: str, kinds: Mapping[str, int]) -> bool:
-    codes = all(re.fullmatch(r"(?=.*\d)(?=.*[^\W\d])\S+", cell) for cell in kinds)  # letters and digits: HAM_0000118
-    return bool(_ID_WORDS & set(words_of(name))) or (codes and len(kinds) > 2 * _FEWEST)
+    ]

@@ -21,7 +21,8 @@ from typing import Any, ClassVar, Protocol
 import numpy as np
 
 from featurecache.errors import BadOption, SourceError, UnreadableImage
-from featurecache.files.mirror import fetch
+from featurecache.files.mirror import Mirror, fetch, mirror_of, place_of
+from featurecache.files.storage import is_address
 from featurecache.images.headers import Crop, EncodedFrame, EncodedImage, check_crop, read_by, reading_record
 from featurecache.sources.labels import TASKS
 
@@ -126,6 +127,21 @@ class ImageFiles:
     root: str
     ids: list[str] = field(repr=False)
     archived: ClassVar[bool] = False  # whether a file is an archive of many images
+
+    def __getstate__(self) -> dict[str, Any]:
+        """With the address of a root in a mirror: a process on another machine reads from a mirror of its own."""
+        return vars(self) | {"root": (self.root, self.address)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        root, address = state["root"]
+        if address and mirror_of(root) is None:
+            root = str(Mirror.of(address, "data").folder)
+        vars(self).update(state | {"root": root})
+
+    @property
+    def address(self) -> str:
+        """Of ``root``, where it lies in object storage; else empty."""
+        return place if is_address(place := place_of(self.root)) else ""
 
     def path(self, row: int) -> str:
         return os.path.join(self.root, self.ids[row])

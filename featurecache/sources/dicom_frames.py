@@ -19,8 +19,9 @@ import mmap
 import os
 import re
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -36,7 +37,6 @@ PICTURES = (  # what the other formats of `images.decoding` are called on a disk
 EXTENSIONS = (".dcm", ".dicom", ".dic")
 PLAIN_PATIENTS = "Each PatientID is stored as it is; --hash-groups hides them."
 _FRAME = re.compile(r"^(.+)#frame=(0|[1-9]\d{0,8})$", re.DOTALL)
-_FRONT = DICOM_FRONT
 _REMEMBERED = 1 << 18  # headers, of about 300 bytes each
 _last = threading.local()  # of each thread the file it read last: its frames are asked for one after the other
 
@@ -88,7 +88,7 @@ def is_dicom_file(path: str) -> bool:
     """Whether a file is DICOM by its content. One that cannot be opened is none."""
     try:
         with open_image_file(path) as (descriptor, _), as_unreadable(path):
-            return is_dicom(os.read(descriptor, _FRONT))
+            return is_dicom(os.read(descriptor, DICOM_FRONT))
     except UnreadableImage:
         return False
 
@@ -121,80 +121,55 @@ def expand_frames(dataset: Dataset, page: str | None = None) -> Dataset:
     ``page`` that is none or of images that lie in arrays."""
     if page is not None and not re.fullmatch(r"all|0|[1-9]\d{0,8}", page):
         raise BadOption(f'--page is a number from 0 on, or all; not "{page}".')
-    images = dataset.images
-    if not isinstance(images, ImageFiles):
+    if not isinstance(dataset.images, ImageFiles):
         if page is not None:
             where = f"those of {dataset.source['data']} lie in an archive or in arrays"
             raise BadOption(f"--page is for images in files of their own or in tars; {where}. Leave it out.")
         return dataset
-    if images.archived:
-        return dataset if page is None else _expand_archived(dataset, images, page)
-    root, names = images.root, images.ids
-    file_of = {row: place for row, name in enumerate(names) if (place := _file_of(root, name, page)) is not None}
+    file_of, files = _files_of(dataset, dataset.images, page)
     if not file_of:
         return dataset
-    distinct = {file: os.path.join(root, file) for file, _ in file_of.values()}
-    if not dicom.installed() and (count := sum(is_dicom_file(path) for path in distinct.values())):
-        raise SourceError(f"{count:,} images of {dataset.source['data']} are DICOM. {dicom.MISSING}.")
-    files = {file: _read_header(path, _stamp(path)) for file, path in distinct.items()}
     numbers = {row: files[file].numbers for row, (file, number) in file_of.items() if number is None}
-    rows, frames = _rows_and_frames(len(names), numbers, page)
-    ids = [frame_name(names[row], frame) for row, frame in zip(rows, frames, strict=True)]
+    of_row = [numbers.get(row, (0,)) for row in range(len(dataset))]
+    frames_of = [list(_of_page(several, page)) if len(several) > 1 else [None] for several in of_row]
+    frames: list[int | None] = list(chain(*frames_of))  # None of a file that holds one image
+    rows = np.repeat(np.arange(len(dataset)), [len(each) for each in frames_of])
     groups = dataset.groups if dataset.groups is not None else _patients(dataset.ids, file_of, files, len(rows))
-    notes = _notes(dataset.groups is not None, list(files.values()), page)
-    return _repeated(dataset, rows, frames, groups, FrameFiles(root, ids), notes)
+    taken = replace(dataset, groups=groups).at(rows)
+    ids = [name if frame is None else f"{name}#frame={frame}" for name, frame in zip(taken.ids, frames, strict=True)]
+    if taken.groups is not None:  # a group of its own bears the id of its first image, by which it is hidden too
+        first = dict(zip(reversed(taken.ids), reversed(ids), strict=True))
+        groups = [first.get(group, group) for group in taken.groups]
+    images: Any = taken.images
+    images = replace(images, ids=ids, frames=frames) if images.archived else FrameFiles(images.root, ids)
+    notes = (*dataset.notes, *_notes(dataset.groups is not None, list(files.values()), page))
+    return replace(taken, ids=ids, groups=groups, images=images, notes=notes)
 
 
-def _expand_archived(dataset: Dataset, images: Any, page: str) -> Dataset:
-    """The same of images in tars, which are read for it, once."""
-    files = []
-    for row in range(len(dataset)):
-        try:
-            data = images.read(row)
-            files.append(_FileHeader(tuple(_numbers_in(data, page)), is_dicom(data)))
-        except UnreadableImage:
-            files.append(_FileHeader())
-    rows, frames = _rows_and_frames(len(files), {row: header.numbers for row, header in enumerate(files)}, page)
-    groups = dataset.groups if dataset.groups is not None else _patients(dataset.ids, {}, {}, len(rows))
-    return _repeated(dataset, rows, frames, groups, images.with_frames(rows, frames), _notes(True, files, page))
+def _files_of(
+    dataset: Dataset, images: ImageFiles, page: str | None
+) -> tuple[dict[int, tuple[str, int | None]], dict[str, _FileHeader]]:
+    """Row → its file, and its frame where its id names one, of the rows of files that may hold several images; and the
+    header of each file. Images in tars are read for it, once."""
+    if images.archived:
+        archived = enumerate(images.ids if page is not None else ())
+        headers = {name: _header_of(images, row, page) for row, name in archived}
+        return {row: (name, None) for row, name in enumerate(headers)}, headers
+    places = ((row, _file_of(images.root, name, page)) for row, name in enumerate(images.ids))
+    file_of = {row: place for row, place in places if place is not None}
+    distinct = {file: os.path.join(images.root, file) for file, _ in file_of.values()}
+    if distinct and not dicom.installed() and (count := sum(is_dicom_file(path) for path in distinct.values())):
+        raise SourceError(f"{count:,} images of {dataset.source['data']} are DICOM. {dicom.MISSING}.")
+    return file_of, {file: _read_header(path, _stamp(path)) for file, path in distinct.items()}
 
 
-def _rows_and_frames(
-    count: int, numbers: Mapping[int, Sequence[int]], page: str | None
-) -> tuple[list[int], list[int | None]]:
-    """Which row each image is of, and which frame; None of a file that holds one image."""
-    of_row = [numbers.get(row, (0,)) for row in range(count)]
-    frames = [list(_of_page(several, page)) if len(several) > 1 else [None] for several in of_row]
-    return [row for row in range(count) for _ in frames[row]], [frame for several in frames for frame in several]
-
-
-def frame_name(name: str, frame: int | None) -> str:
-    """What `split_frame` divides."""
-    return name if frame is None else f"{name}#frame={frame}"
-
-
-def _repeated(
-    dataset: Dataset, rows: list[int], frames: list[int | None], groups: list[str] | None, images: Any, notes: list[str]
-) -> Dataset:
-    """The samples ``rows``, of the ``frames``. ``groups``: of the rows before."""
-
-    def taken(column: Any) -> Any:
-        return column[rows] if isinstance(column, np.ndarray) else [column[row] for row in rows]
-
-    ids = [frame_name(dataset.ids[row], frame) for row, frame in zip(rows, frames, strict=True)]
-    if groups is not None:  # what is a group of its own bears the id of its first image, by which it is hidden too
-        first = dict(zip(reversed(taken(dataset.ids)), reversed(ids), strict=True))
-        groups = [first.get(group, group) for group in taken(groups)]
-    return replace(
-        dataset,
-        ids=ids,
-        labels=taken(dataset.labels),
-        splits=taken(dataset.splits),
-        groups=groups,
-        meta={name: taken(column) for name, column in dataset.meta.items()},
-        images=images,
-        notes=(*dataset.notes, *notes),
-    )
+def _header_of(images: ImageFiles, row: int, page: str | None) -> _FileHeader:
+    """The same of an image in a tar."""
+    try:
+        data: Any = images.read(row)
+        return _FileHeader(tuple(_numbers_in(data, page)), is_dicom(data))
+    except UnreadableImage:
+        return _FileHeader()
 
 
 def _file_of(root: str, name: str, page: str | None) -> tuple[str, int | None] | None:
@@ -215,7 +190,7 @@ def _read_header(path: str, stamp: tuple[Any, ...] | None) -> _FileHeader:
     """Of the file of this `_stamp`. In the memory of the process alone: a PatientID is to stand on no disk."""
     try:
         with open_image_file(path) as (descriptor, status), os.fdopen(os.dup(descriptor), "rb") as file:
-            front = file.read(_FRONT)
+            front = file.read(DICOM_FRONT)
             if not is_dicom(front):
                 if not tiff.is_tiff(front):
                     return _FileHeader()
@@ -268,12 +243,11 @@ def _stamp(path: str) -> tuple[Any, ...] | None:
 def _notes(grouped: bool, files: list[_FileHeader], page: str | None) -> list[str]:
     notes = []
     for kind, unit in (("DICOM", "frame"), ("TIFF", "page")):
-        several = [len(header.numbers) for header in files if header.dicom == (kind == "DICOM")]
-        several = [count for count in several if count > 1]
-        used = (
-            f"{unit} {page} of each is used" if page not in (None, "all") else "each an image (#frame=0, #frame=1, …)"
-        )
-        notes += [f"{len(several):,} {kind} files hold {sum(several):,} {unit}s, {used}."] * bool(several)
+        of_kind = [len(header.numbers) for header in files if header.dicom == (kind == "DICOM")]
+        each = "each an image (#frame=0, #frame=1, …)"
+        used = each if page in (None, "all") else f"{unit} {page} of each is used"
+        if several := [count for count in of_kind if count > 1]:
+            notes.append(f"{len(several):,} {kind} files hold {sum(several):,} {unit}s, {used}.")
     if page is not None and all(len(header.numbers) == 1 for header in files):
         notes.append(f"No file holds several images: --page {page} changes nothing.")
     patients = {header.patient for header in files} - {""}

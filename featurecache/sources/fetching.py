@@ -156,7 +156,7 @@ def open_kaggle(
     options = replace(options, handle=f"{options.name}/versions/{max(versions)}")
     top = options.place / "versions" / str(max(versions))
     inner = top / options.inside
-    if not inner.exists() or top.resolve() not in [inner.resolve(), *inner.resolve().parents]:
+    if not inner.exists() or not inner.resolve().is_relative_to(top.resolve()):
         there = abbreviated(sorted(os.listdir(top)))
         raise SourceError(f"there is no {options.inside} in {options.handle} ({top}); it has {there}.")
     dataset = open_path(str(_down(options, top, inner)), columns=columns, task=task, **levels)

@@ -6,12 +6,13 @@
     chest/test/*.png                    a split without labels
 
 What the names say is read in `featurecache.sources.layout`. Ids are paths below the folder, with ``/``, sorted as
-bytes. Left out, and counted, are masks, what this tool wrote itself (caches, runs, sweeps, studies; recognised by what
-their records hold, for a class may be called runs), and folders of systems, of thumbnails and hidden ones.
+bytes. Left out, and counted, are masks, what this tool wrote itself, for it is never data, and folders of systems, of
+thumbnails and hidden ones.
 """
 
 from __future__ import annotations
 
+import json
 import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -19,15 +20,14 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from featurecache.errors import SourceError, UnknownSourceName, nearest
+from featurecache.errors import SourceError, UnknownSourceName, UnreadableImage, nearest
 from featurecache.formatting import abbreviated
-from featurecache.sources.base import Dataset, ImageFiles
+from featurecache.sources.base import Dataset, ImageFiles, as_unreadable, open_image_file
 from featurecache.sources.dicom_frames import EXTENSIONS as DICOM
 from featurecache.sources.dicom_frames import PICTURES, is_dicom_file, may_be_dicom
 from featurecache.sources.label_cells import LabelOptions
 from featurecache.sources.labels import class_labels, groups_or_ids, resolve_labels
 from featurecache.sources.layout import FolderLayout, read_layout
-from featurecache.sources.own_output import is_own_output, is_own_sheet, refuse_own_output
 from featurecache.sources.vocabulary import in_order, one_spelling, refuse_letter_case, spelling_key, split_name
 
 EXTENSIONS = (*PICTURES, *DICOM)
@@ -35,6 +35,18 @@ EXTENSIONS = (*PICTURES, *DICOM)
 _NOT_DATA = {
     "__macosx", "@eadir", "$recycle.bin", "system volume information", "lost+found", "thumbnails", "#recycle",
 }  # fmt: skip
+# The record of a folder, and keys that it has and a stranger's file of that name has not.
+_RECORDS = {
+    "spec.json": {"fingerprint", "spec", "provenance"},
+    "config.json": {"head", "view", "settings", "calibration", "splits"},
+    "sweep.json": {"frame", "views", "asked"},
+    "study.json": {"study", "asked", "images"},
+    "metrics.json": {"families", "select"},
+    "explain.json": {"format", "maps", "files"},
+    "finetuned.json": {"provider", "name", "vector", "image_size", "sized"},
+}
+SHEET = ("Software", "featurecache contact sheet")  # a tEXt chunk, the first behind the header of 33 bytes
+_STAMP = b"tEXt" + "\0".join(SHEET).encode()
 
 
 @dataclass
@@ -218,3 +230,43 @@ def _class_notes(data: str, tree: _Tree, layout: FolderLayout, names: list[str],
         elif split and absent:
             notes.append(f"{split} has no images of {abbreviated(absent)}.")
     return notes
+
+
+# -- what this tool wrote: a name says nothing, for a class may be called runs, a picture sheet.png. A folder (a store,
+# a run, a sweep, a study, a report, maps, a fine-tuned network) is known by the keys of the record in it, a contact
+# sheet by the software that its PNG names.
+
+
+def is_own_output(folder: str, files: Sequence[str]) -> bool:
+    """Whether this tool wrote ``folder``, by the record among its ``files``."""
+    for name in _RECORDS.keys() & set(files):
+        try:
+            with open(os.path.join(folder, name), encoding="utf-8") as opened:
+                content = json.load(opened)
+        except (OSError, ValueError, RecursionError):
+            continue
+        if isinstance(content, dict) and content.keys() >= _RECORDS[name]:
+            return True
+    return False
+
+
+def is_own_sheet(path: str) -> bool:
+    """Whether a file is a contact sheet of ours: of a PNG 80 bytes are read, some 10 µs, where its digest takes all."""
+    if not path.lower().endswith(".png"):
+        return False
+    try:
+        with open_image_file(path) as (descriptor, _), as_unreadable(path):
+            return os.read(descriptor, 80)[37:].startswith(_STAMP)
+    except UnreadableImage:  # said when it is read
+        return False
+
+
+def refuse_own_output(data: str) -> None:
+    """Raises SourceError where the folder ``data`` is, or lies in, what this tool wrote."""
+    folder = data
+    while True:
+        if is_own_output(folder, list(_RECORDS)):
+            what = "was written by featurecache" if folder == data else f"lies in {folder}, which featurecache wrote"
+            raise SourceError(f"{data} {what}: expected a folder of your images.")
+        if folder == (folder := os.path.dirname(folder)):
+            return

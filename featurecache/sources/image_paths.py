@@ -60,14 +60,12 @@ def image_files(folder: str, names: list[str], root: str | None = None) -> tuple
     base = folder if root is None else os.path.abspath(os.path.expanduser(root))
     if not os.path.isdir(base):
         raise SourceError(f"--root {root}: there is no such folder.")
-    if _any_there(base, names):
-        return ImageFiles(base, names), []
     notes: list[str] = []
     slashed = [name.replace("\\", "/") for name in names]
-    if slashed != names:
+    if slashed != names and not _any_there(base, names):
         notes, names = ["back-slashes in the paths read as slashes"], slashed
-        if _any_there(base, names):
-            return ImageFiles(base, names), notes
+    if _any_there(base, names):
+        return ImageFiles(base, names), notes
     above = os.path.dirname(base)
     if root is None and "/" in names[0] and _any_there(above, names):
         return ImageFiles(above, names), [*notes, "paths relative to the folder above that of the table"]

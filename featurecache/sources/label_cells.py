@@ -27,7 +27,7 @@ import numpy as np
 
 from featurecache.errors import BadOption, Reading, SeveralReadings, SourceError
 from featurecache.formatting import abbreviated
-from featurecache.sources.labels import class_labels, finite_number
+from featurecache.sources.labels import class_labels, finite_number, several_labels
 from featurecache.sources.vocabulary import LETTER_CASE, YES_NO, in_order, is_missing, one_spelling, spelling_key
 
 UNCERTAIN = {"ignore": np.nan, "zero": 0.0, "one": 1.0}  # --uncertain
@@ -82,19 +82,11 @@ class LabelColumns:
 def labels_of_columns(columns: Mapping[str, Sequence[str]], reading: LabelColumns) -> tuple[np.ndarray, list[str]]:
     """int64 [N] or float32 [N, L], and the classes; what was understood is in ``reading``. Raises SourceError."""
     if len(columns) > 1:
-        labels = several_labels_of_text(columns, reading)
-        return _one_hot(labels, list(columns), reading)
+        return _one_hot(several_labels_of_text(columns, reading), list(columns), reading)
     ((name, cells),) = columns.items()
-    return _labels_of_column(name, cells, reading)
-
-
-# -- one column
-
-
-def _labels_of_column(name: str, cells: Sequence[str], reading: LabelColumns) -> tuple[np.ndarray, list[str]]:
     plain = {cell: _plain(cell) for cell in set(cells)}
     if reading.how.task == "multilabel" and all(_truth(value) is not None for value in plain.values() if value):
-        return several_labels_of_text({name: cells}, reading), [name]
+        return several_labels_of_text(columns, reading), [name]
     values = [plain[cell] for cell in cells]
     if reading.how.task in (None, "multilabel"):
         findings, sign = several_findings(values, reading)
@@ -104,6 +96,9 @@ def _labels_of_column(name: str, cells: Sequence[str], reading: LabelColumns) ->
     chosen, notes = one_spelling(Counter(values), f"the column {name!r} of {reading.where}", reading.how.letter_case)
     reading.remarks += [note.rstrip(".") for note in notes]
     return labels_of_text([chosen[value] for value in _yes_or_no(values, reading)], name, reading)
+
+
+# -- one column
 
 
 def labels_of_text(values: Sequence[str], name: str, reading: LabelColumns) -> tuple[np.ndarray, list[str]]:
@@ -280,20 +275,14 @@ def _labels_of_findings(
     nothing = {part for part in names - mixed if spelling_key(part.replace("_", " ")) in NO_FINDING}
     classes = sorted(names - nothing)
     place = {part: number for number, part in enumerate(classes)}
-    labels = np.zeros((len(rows), len(classes)), np.float32)
-    for number, row in enumerate(rows):
-        if row is None:
-            labels[number] = np.nan
-        for part in row or ():
-            if part in place:
-                labels[number, place[part]] = 1
+    numbers = [None if row is None else [place[part] for part in row if part in place] for row in rows]
     how = "lists" if sign == "[]" else f'divided by "{sign}"' if sign else "one a row"
     none = f"; {abbreviated(sorted(nothing))} is a row without any" if nothing else ""
     reading.remarks += [
         *(note.rstrip(".") for note in notes),
         f"{name} holds several findings, {how}: {len(classes):,} labels{none}",
     ]
-    return labels, classes
+    return several_labels(numbers, len(classes)), classes
 
 
 # -- several columns

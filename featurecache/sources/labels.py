@@ -228,7 +228,12 @@ def labels_of_lists(values: Sequence[Any], names: list[str] | None, where: str) 
         raise SourceError(
             f"{where} holds lists that are neither numbers of classes nor 0 and 1 for each label: {there}."
         )
-    labels = np.zeros((len(values), len(names)), np.float32)
-    for row, value in enumerate(values):
-        labels[row, value if value is not None else slice(None)] = np.nan if value is None else 1
-    return labels, unique_names(names)
+    return several_labels(values, len(names)), unique_names(names)
+
+
+def several_labels(rows: Sequence[Any], width: int) -> np.ndarray:
+    """float32 [N, L], L the ``width``: 1 for the numbers that stand in a row, else 0; a row that is None is unknown."""
+    labels = np.zeros((len(rows), width), np.float32)
+    for number, row in enumerate(rows):
+        labels[number, slice(None) if row is None else row] = np.nan if row is None else 1
+    return labels

@@ -60,29 +60,21 @@ def read_layout(paths: Sequence[str], where: str, classes_at: int | None = None)
     images: dict[str, list[str]] = defaultdict(list)
     for row, folder in zip(rows, folders, strict=True):
         images[folder].append(paths[row].rpartition("/")[2])
-    number = {folder: place for place, folder in enumerate(images)}
     reader = _Reader(images, where)
     if classes_at is None:
         reader.read()
     else:
         reader.read_at(classes_at)
+    number = {folder: place for place, folder in enumerate(images)}
     places = [number[folder] for folder in folders]
-
-    def of_rows(column: list[str] | None) -> list[str] | None:
-        return None if column is None else [column[place] for place in places]
-
-    groups = of_rows(reader.groups)
-    if groups is None and (pairs := groups_of_pairs(paths[row] for row in rows)):
+    columns = (reader.splits, reader.classes, reader.groups, reader.folds, reader.folders)
+    splits, classes, groups, folds, class_folders = ([column[place] for place in places] for column in columns)
+    if not any(groups) and (pairs := groups_of_pairs(paths[row] for row in rows)):
         groups = pairs[0]
         reader.remarks.append(pairs[1])
+    remarks = reader.remarks + masks
     return FolderLayout(
-        rows,
-        of_rows(reader.splits) or [],
-        of_rows(reader.classes) or [],
-        groups,
-        of_rows(reader.folds),
-        of_rows(reader.folders) or [],
-        reader.remarks + masks,
+        rows, splits, classes, groups if any(groups) else None, folds if any(folds) else None, class_folders, remarks
     )
 
 
@@ -94,10 +86,7 @@ class _Reader:
         self.levels = [list(range(1, len(parts) + 1)) for parts in self.parts]
         self.paths, self.images, self.where = list(folders), list(folders.values()), where
         self.at = [0] * len(folders)
-        self.splits, self.classes = [""] * len(folders), [""] * len(folders)
-        self.groups: list[str] | None = None
-        self.folds: list[str] | None = None
-        self.folders = [""] * len(folders)
+        self.splits, self.classes, self.groups, self.folds, self.folders = ([""] * len(folders) for _ in range(5))
         self.remarks: list[str] = []
 
     def read(self) -> None:
@@ -158,11 +147,8 @@ class _Reader:
             self._advance(rows)
 
     def _read_splits(self, rows: Sequence[int]) -> None:
-        inner = defaultdict(list)
-        for row in rows:
-            inner[self.splits[row]].append(row)
-        for split, several in inner.items():
-            self._read_within(several, split)
+        for split in dict.fromkeys(self.splits[row] for row in rows):
+            self._read_within([row for row in rows if self.splits[row] == split], split)
 
     def _read_within(self, rows: list[int], split: str) -> None:
         """Passes through what repeats the split (``seg_train/seg_train``) or says images only (``train/images``)."""
@@ -277,7 +263,7 @@ class _Reader:
         for deeper in range(below, max(len(self.parts[row]) - self.at[row] for row in rows)):
             names_below = self._names(rows, deeper)
             named = len(names_below) > 1 and _all(_NUMBER, names_below, PERSON)
-            if self.groups is None and (named or _all(PERSON, names_below)):
+            if not any(self.groups) and (named or _all(PERSON, names_below)):
                 self._take_persons(rows, deeper)
 
     def _refuse_sides(self, rows: Sequence[int]) -> None:
@@ -291,21 +277,19 @@ class _Reader:
                 refuse_pairs(sorted(classes), self._folder(rows[0]), self._level(rows))
 
     def _take_persons(self, rows: Sequence[int], deeper: int = 0) -> None:
-        self.groups = self.groups or [""] * len(self.parts)
         for row in rows:
             self.groups[row] = self._name(row, deeper) or ""
         many = len({self.groups[row] for row in rows} - {""})
         self.remarks.append(f"persons from level {self._level(rows, deeper)} ({many:,}, kept together)")
 
     def _take_folds(self, rows: Sequence[int]) -> None:
-        self.folds = self.folds or [""] * len(self.parts)
         for row in rows:
             self.folds[row] = str(self._name(row))
         self.remarks.append(f"folds from {abbreviated(sorted(self._names(rows)))} (in the column fold)")
         self._advance(rows)
 
     def _refuse_folds_of_splits(self, rows: Sequence[int]) -> None:
-        if self.folds is not None:
+        if any(self.folds):
             raise SourceError(
                 f"{self._folder(rows[0])} has splits of its own, as other folds have: an image stands in several. Give "
                 f"one fold: --data {shell_word(self._folder(rows[0]))}"
@@ -357,9 +341,9 @@ class _Reader:
             split = split_names_of(sorted(names))
             if len(split) == len(names) and not any(self.splits):
                 self._take_splits(rows, split)
-            elif _all(_FOLD, names) and self.folds is None:
+            elif _all(_FOLD, names) and not any(self.folds):
                 self._take_folds(rows)
-            elif self.groups is None and _all(_NUMBER, names, PERSON):
+            elif not any(self.groups) and _all(_NUMBER, names, PERSON):
                 self._take_persons(rows)
             elif other < level and len(names) > 1:
                 self.remarks.append(f"level {other} not used ({abbreviated(sorted(names), 4)})")

@@ -156,6 +156,7 @@ def open_archive(data: str, task: str | None, classes: Sequence[str] | None = No
     if any(array != f"{role.split}_{role.kind}" for role, array in roles.items()):
         read = [f"{array} as {role.kind}" + f" of {role.split}" * bool(role.split) for role, array in roles.items()]
         understood.append(f"arrays by their names: {', '.join(read)}")
+    images = [roles[ArrayRole(split, "images")] for split in splits]
     notes = [f"{name} has no {split} images." for split in SPLIT_ORDER if split not in splits != [""]]
     if unused := sorted(set(arrays) - set(roles.values())):
         notes.append(f"{name} holds arrays that are not used: {abbreviated(unused, 8)}.")
@@ -166,14 +167,10 @@ def open_archive(data: str, task: str | None, classes: Sequence[str] | None = No
         ],
         **resolve_labels(labels, own, task, name)._asdict(),
         splits=[split for split, column in columns.items() for _ in range(len(column))],
-        images=ImageArrays([_packed(data, arrays, roles[ArrayRole(split, "images")]) for split in splits], (data,)),
+        images=ImageArrays([_PackedImages(data, f"{array}.npy", arrays[array]) for array in images], (data,)),
         notes=tuple(notes),
         understood=tuple(understood),
     )
-
-
-def _packed(file: str, arrays: dict[str, NpyHeader], array: str) -> _PackedImages:
-    return _PackedImages(file, f"{array}.npy", arrays[array])
 
 
 def _roles(name: str, arrays: Iterable[str]) -> dict[ArrayRole, str]:

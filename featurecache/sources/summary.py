@@ -25,8 +25,8 @@ from featurecache.formatting import aligned
 from featurecache.images.decoding import decode, image_header
 from featurecache.images.headers import EncodedImage, ImageHeader
 from featurecache.sources.base import Dataset
+from featurecache.sources.folders import SHEET
 from featurecache.sources.labels import SPLIT_ORDER
-from featurecache.sources.own_output import SHEET
 
 if TYPE_CHECKING:
     from PIL import Image, ImageDraw

@@ -22,11 +22,11 @@ from dataclasses import replace
 from featurecache.errors import Reading, SeveralReadings, SourceError
 from featurecache.files.delimited import read_delimited
 from featurecache.formatting import abbreviated
-from featurecache.sources.annotations import Annotations, Table, annotations_of_text, group_columns
+from featurecache.sources.annotations import Annotations, Table, annotations_of_text, roles_of_table
 from featurecache.sources.base import Dataset, ImageArrays, ImageFiles
 from featurecache.sources.image_paths import image_files
 from featurecache.sources.label_cells import LabelOptions, one_hot_columns
-from featurecache.sources.labels import ROLES, find_roles, resolve_labels, role_columns
+from featurecache.sources.labels import ROLES, resolve_labels
 from featurecache.sources.parquet_files import ParquetTable, read_parquet
 from featurecache.sources.vocabulary import is_missing, spelling_key
 
@@ -48,19 +48,23 @@ def open_table(
     ``how``: see `LabelOptions`. Raises SourceError."""
     reading = LabelOptions(task, **how)  # type: ignore[arg-type]
     table, inside = _read_table(data)
-    embedded = inside is not None and inside.images is not None and not (columns or {}).get("path")
-    roles = _find_roles(table, columns or {}, needs_path=not embedded)
-    if embedded and inside and inside.images:
+    embedded = inside.images if inside and not (columns or {}).get("path") else None
+    roles = roles_of_table(table, columns or {})
+    if embedded is None and not roles["path"]:
+        expected = f"expected one called {abbreviated(ROLES['path'][0], 4)}, or --column path=NAME"
+        there = abbreviated(list(table.columns), 8)
+        raise SourceError(f"{table.name} has no column of image paths among {there}; {expected}.")
+    if inside and embedded:
         ids = _ids_of_embedded(table, roles, inside)
-        understood = [f"images inside {table.name}, in its column {inside.images.column}"]
+        understood = [f"images inside {table.name}, in its column {embedded.column}"]
     else:
         table, understood = _one_row_each(table, roles, task)
         ids = table.columns[roles["path"][0]]
     rows = annotations_of_text(table, roles, ids, reading, splits_in_paths="split" not in (columns or {}))
     labelled = resolve_labels(rows.labels, rows.classes, task, table.name)
     images: ImageFiles | ImageArrays
-    if embedded and inside and inside.images:
-        images = ImageArrays([inside.images], (data,))
+    if embedded:
+        images = ImageArrays([embedded], (data,))
     else:
         images, found = image_files(os.path.dirname(data), ids, root)
         understood += found
@@ -88,7 +92,7 @@ def read_annotations(data: str, columns: dict[str, str] | None, how: LabelOption
     column is the label, whatever it is called."""
     table, _ = _read_table(data)
     only = {"label": next(iter(table.columns))} if len(table.columns) == 1 else {}
-    roles = _find_roles(table, columns or only, needs_path=False)
+    roles = roles_of_table(table, columns or only)
     if not roles["label"]:
         there = abbreviated(list(table.columns), 8)
         raise SourceError(f"{table.name} has no column of labels among {there}; --column label=NAME names one.")
@@ -98,15 +102,6 @@ def read_annotations(data: str, columns: dict[str, str] | None, how: LabelOption
     own = [f"{table.name}:{row}" for row in range(len(table.places))]  # one without a group is a group of its own
     by_path = ids is not None and "split" not in (columns or {})
     return replace(annotations_of_text(table, roles, ids or own, how, splits_in_paths=by_path), ids=ids)
-
-
-def annotate(
-    table: Table, ids: list[str], columns: dict[str, str], how: LabelOptions, classes: Sequence[str] = ()
-) -> Annotations:
-    """What columns say of images whose ``ids`` are there; labels may be missing. ``classes``, in their order: those of
-    which the labels are names, or numbers from 0."""
-    roles = _find_roles(table, {**columns, "path": ""}, needs_path=False)
-    return annotations_of_text(table, roles, ids, how, classes)
 
 
 # -- reading
@@ -147,20 +142,7 @@ def _read_csv(file: str) -> tuple[list[str], list[list[str]], Sequence[int]]:
     return names, columns, [number for number, _ in rows]
 
 
-# -- what each column is
-
-
-def _find_roles(table: Table, requested: dict[str, str], *, needs_path: bool = True) -> dict[str, list[str]]:
-    """Role → its columns: as requested, else by name."""
-    names = list(table.columns)
-    taken = {word.strip() for text in requested.values() for word in (text, *text.split(","))}
-    free = {name: cells for name, cells in table.columns.items() if name not in taken}
-    candidates = {role: role_columns(role, free) for role in ROLES} | {"group": group_columns(free)}
-    roles = find_roles(table.name, names, requested, candidates, several="label")
-    if needs_path and not roles["path"]:
-        expected = f"expected one called {abbreviated(ROLES['path'][0], 4)}, or --column path=NAME"
-        raise SourceError(f"{table.name} has no column of image paths among {abbreviated(names, 8)}; {expected}.")
-    return roles
+# -- what is said of its columns
 
 
 def _no_labels(rows: Annotations) -> str:
@@ -197,24 +179,21 @@ def _one_row_each(table: Table, roles: dict[str, list[str]], task: str | None) -
     unite = len(roles["label"]) == 1 and (task == "multilabel" or (task is None and bool(boxes)))
     label = roles["label"][0] if unite else ""
     ruled = [name for role in ("label", "split", "group") for name in roles[role] if name != label]
-    columns, left, united = dict[str, list[str]](), list[str](), 0
+    columns, left, united = dict[str, list[str]](), list[str](), ""
     for name, cells in table.columns.items():
         kinds = [_kinds(cells, rows) for rows in rows_of.values()]
         several = [number for number, cell in enumerate(kinds) if len(cell) > 1]
-        if several and name in ruled:
+        numbers = name == label and _are_numbers(cell for number in several for cell in kinds[number])
+        if several and (name in ruled or numbers):
             _refuse_contradiction(table, name, list(rows_of.items())[several[0]], roles)
         if several and name == label:
-            if _are_numbers(cell for number in several for cell in kinds[number]):
-                _refuse_contradiction(table, name, list(rows_of.items())[several[0]], roles)
-            united = len(several)
+            united = ", the findings of the rows of one several labels"
             columns[name] = [str(cell) if cell else "" for cell in kinds]
         elif several:
             left.append(name)
         else:
             columns[name] = [cell[0] if cell else "" for cell in kinds]
-    notes = [f"{count:,} rows are {len(rows_of):,} images"]
-    if united:
-        notes[0] = f"{count:,} rows are {len(rows_of):,} images, the findings of the rows of one several labels"
+    notes = [f"{count:,} rows are {len(rows_of):,} images{united}"]
     if left:
         notes.append(f"columns left out, different between the rows of an image: {abbreviated(left)}")
     firsts = [table.places[rows[0]] for rows in rows_of.values()]
@@ -232,10 +211,9 @@ def _kinds(cells: Sequence[str], rows: list[int]) -> list[str]:
 def _refuse_contradiction(table: Table, name: str, image: tuple[str, list[int]], roles: dict[str, list[str]]) -> None:
     path, rows = image
     cells = table.columns[name]
-    other = next(row for row in rows if len(_kinds(cells, [*rows[:1], row])) > 1 or cells[rows[0]] == "")
-    there = (
-        f"rows {table.places[rows[0]]:,} and {table.places[other]:,}: {name} {cells[rows[0]]!r} and {cells[other]!r}"
-    )
+    first, *others = (row for row in rows if not is_missing(cells[row]))
+    other = next(row for row in others if len(_kinds(cells, [first, row])) > 1)
+    there = f"rows {table.places[first]:,} and {table.places[other]:,}: {name} {cells[first]!r} and {cells[other]!r}"
     wrong = f"{table.name} lists {path} twice ({there}); expected one row for each image, or rows that agree"
     if [name] == roles["label"] and not _are_numbers(_kinds(cells, rows)):
         raise SeveralReadings(

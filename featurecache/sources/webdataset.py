@@ -33,20 +33,19 @@ import tarfile
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 
 from featurecache.errors import Reading, SeveralReadings, SourceError, UnreadableImage
 from featurecache.formatting import abbreviated
 from featurecache.images.headers import EncodedFrame
-from featurecache.sources.annotations import Table
+from featurecache.sources.annotations import Table, annotations_of_text, roles_of_table
 from featurecache.sources.base import Dataset, ImageFiles, as_unreadable, open_image_file, read_text
-from featurecache.sources.dicom_frames import frame_name, frame_of
+from featurecache.sources.dicom_frames import frame_of
 from featurecache.sources.folders import EXTENSIONS, is_image, kinds_text, list_folder
 from featurecache.sources.label_cells import LabelOptions
 from featurecache.sources.labels import resolve_labels
-from featurecache.sources.tables import annotate
 from featurecache.sources.vocabulary import SPLITS, split_names_of, words_of
 
 CLASSES = "classes.txt"
@@ -96,7 +95,8 @@ def open_webdataset(data: str, columns: dict[str, str] | None, task: str | None,
     if "cls" in table.columns:
         fields.setdefault("label", "cls")
     ids = [sample.id for sample, _ in samples]
-    rows = annotate(table, ids, fields, LabelOptions(task, **how), _class_list(os.path.join(root, CLASSES)))
+    roles = roles_of_table(table, {**fields, "path": ""})
+    rows = annotations_of_text(table, roles, ids, LabelOptions(task, **how), _class_list(os.path.join(root, CLASSES)))
     places = np.array([(sample.tar, *sample.files[kind]) for sample, kind in samples], np.int64)
     return Dataset(
         name=_name(data),
@@ -180,15 +180,15 @@ class TarImages(ImageFiles):
     """Images in tars: ``ids`` are ``<tar>:<key>``."""
 
     tars: list[str] = field(repr=False)  # relative to ``root``
-    stamps: list[tuple[int, int]] = field(repr=False)  # size and time of change of each tar, as it was indexed
+    stamps: list[tuple[int, int | None]] = field(repr=False)  # size and time of change of each tar, as it was indexed
     places: np.ndarray = field(repr=False)  # int64 [N, 3]: of each its tar, offset and size in bytes
     frames: list[int | None] | None = field(default=None, repr=False)  # of each its frame or page; None: it is whole
     archived: ClassVar[bool] = True
 
-    def with_frames(self, rows: list[int], frames: list[int | None]) -> TarImages:
-        """The images ``rows``, of each one frame."""
-        ids = [frame_name(self.ids[row], frame) for row, frame in zip(rows, frames, strict=True)]
-        return replace(self, ids=ids, places=self.places[rows], frames=frames)
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if self.root != state["root"][0]:  # in the mirror of another machine, whose times are its own
+            vars(self)["stamps"] = [(size, None) for size, _ in self.stamps]
 
     def at(self, rows: np.ndarray) -> TarImages:
         frames = None if self.frames is None else [self.frames[row] for row in rows.tolist()]
@@ -207,7 +207,8 @@ class TarImages(ImageFiles):
     def _read(self, row: int) -> bytes:
         number, offset, size = self.places[row].tolist()
         with open_image_file(self.path(row)) as (descriptor, status):
-            if (status.st_size, status.st_mtime_ns) != self.stamps[number]:
+            length, changed = self.stamps[number]
+            if status.st_size != length or changed not in (None, status.st_mtime_ns):
                 raise UnreadableImage(f"{self.tars[number]} has changed since it was opened; run the command again")
             with as_unreadable(self.path(row)):
                 return _read_at(descriptor, offset, size)
@@ -225,7 +226,7 @@ class TarIndex:
     """What the headers of the tars have told."""
 
     samples: dict[str, TarSample] = field(default_factory=dict)  # by id
-    stamps: list[tuple[int, int]] = field(default_factory=list)
+    stamps: list[tuple[int, int | None]] = field(default_factory=list)
     ignored: Counter[str] = field(default_factory=Counter)  # by kind
 
 

@@ -41,11 +41,7 @@ def local_place(place: str | os.PathLike[str]) -> Path:
 
 
 def _pull(mirror: Mirror) -> None:
-    mirror.pull(now=lambda name: _is(_RECORD, name), wanted=lambda name: _is(_RECORD, name) or _is(_SHARD, name))
-
-
-def _is(pattern: re.Pattern[str], name: str) -> bool:
-    return pattern.fullmatch(name) is not None
+    mirror.pull(now=_RECORD.fullmatch, wanted=lambda name: _RECORD.fullmatch(name) or _SHARD.fullmatch(name))
 
 
 def pull(folder: Path) -> None:
@@ -54,13 +50,9 @@ def pull(folder: Path) -> None:
         _pull(mirror)
 
 
-def push_shard(path: Path) -> None:
-    """Upload a shard that was just committed. Where another machine's of the same name is there, that one stays."""
-    push_shards(path.parent.parent, [path])
-
-
 def push_shards(store: Path, paths: list[Path] | None = None) -> None:
-    """Upload shards that are not there yet, by default all, behind the spec of their store."""
+    """Upload shards that are not there yet, by default all, behind the spec of their store. Where another machine's of
+    the same name is there, that one stays."""
     if (mirror := mirror_of(store)) is None:
         return
     spec = mirror.name_of(store / "spec.json")
@@ -69,7 +61,7 @@ def push_shards(store: Path, paths: list[Path] | None = None) -> None:
     paths = sorted(store.glob("*/*.h5")) if paths is None else paths
     made = [path for path in paths if not is_placeholder(path)]
     names = [mirror.name_of(path) for path in made]
-    for name in mirror.unsent(name for name in names if _is(_SHARD, name)):
+    for name in mirror.unsent(name for name in names if _SHARD.fullmatch(name)):
         mirror.put_new(name)
 
 
@@ -86,6 +78,6 @@ def push(store: Path, made_from: dict[Path, str | None] | None = None) -> bool:
         return True
     push_shards(store)
     records = [path for name in ("plan.json", "canary.safetensors") if (path := store / name).exists()]
-    records += [path for path in sorted(store.glob("*.h5")) if _is(_RECORD, mirror.name_of(path))]
+    records += [path for path in sorted(store.glob("*.h5")) if _RECORD.fullmatch(mirror.name_of(path))]
     first = [mirror.put(mirror.name_of(path), (made_from or {}).get(path)) for path in records]  # all of them are tried
     return all(first)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 from click import Choice, argument
@@ -118,7 +117,7 @@ def evaluate(
 
     left_out: list[str] = []
     families = families_in(run, trust_code=trust_code, left_out=left_out)
-    _say_left_out(talk, left_out)
+    talk.warn(left_out)
     runs = [each for family in families for each in family.runs]
     images = external_images(runs, features, named_images(talk, data, how), cache)
     view = images(runs[0])
@@ -136,11 +135,6 @@ def evaluate(
     talk.result("\n".join(lines), {"evaluated": evaluated, "families": record["families"]})
     talk.next(f"featurecache report {shell_word(run)}")
     return int(any(" is damaged" in sentence for sentence in left_out))
-
-
-def _say_left_out(talk: Console, left_out: Sequence[str]) -> None:
-    for sentence in left_out:
-        talk.say(f"warning    {sentence}")
 
 
 @command
@@ -164,7 +158,7 @@ def report(talk: Console, runs: tuple[str, ...], no_images: bool, **options: Any
     written = heads.report(list(runs), images=not no_images, **options)
     files = {"report": written.path, "metrics": written.path.parent / "metrics.json"}
     talk.result(_written(written), files | {"images": written.images, "left_out": written.left_out})
-    _say_left_out(talk, written.left_out)
+    talk.warn(written.left_out)
     if written.images:
         hides = "" if options["hash_ids"] else ", --hash-ids hides what they are called"
         talk.say(f"           before you send it: --no-images leaves them out{hides}")

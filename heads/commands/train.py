@@ -222,7 +222,7 @@ def predict(
     if loaded.path != Path(run):
         talk.line(f"run        {loaded.path}   (the choice of the sweep {run})")
     if loaded.untrained:
-        talk.say("warning    the backbone of this run was never trained: its answers show the tool, nothing else")
+        talk.warn(["the backbone of this run was never trained: its answers show the tool, nothing else"])
     records = heads.predict(loaded, list(images), columns=pairs_of(columns), say=talk.say, **options)
     if csv_file and csv_file != "-":
         write_whole(Path(csv_file), inference.predictions_csv(records).encode())

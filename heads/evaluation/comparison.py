@@ -44,8 +44,9 @@ from heads.evaluation.operating_points import Prevalence, calibration_record, ch
 from heads.evaluation.selection import Selection, select_setting, selection_key
 from heads.evaluation.subgroups import column_values
 from heads.metrics.calibration import log_odds
+from heads.metrics.classification import macro
 from heads.metrics.intervals import FamilyEstimates, SharedResamples, proportion_counts
-from heads.metrics.significance import LEVEL, corrected_t, delong, holm, mcnemar, percentiles, sign_share
+from heads.metrics.significance import LEVEL, delong, holm, mcnemar, over_test_sets, percentiles, sign_share
 from heads.runs.run import Run
 from heads.settings import METRICS, title
 
@@ -147,7 +148,8 @@ def _set_differences(entries: Sequence[_Entry], reference: str | None) -> list[s
     if reference is None:
         return []
     base = next(entry for entry in entries if entry.name == reference)
-    same = [entry for entry in entries if entry is not base and same_sets(entry.estimates, base.estimates)]
+    others = [entry for entry in entries if entry is not base]
+    same = [entry for entry in others if same_sets(entry.estimates, base.estimates)]
     difference = _over_sets if len(base.estimates.test_sets) > 1 else _resampled
     by_family: list[dict[str, MeasureDifference]] = []
     for entry in same:
@@ -158,11 +160,8 @@ def _set_differences(entries: Sequence[_Entry], reference: str | None) -> list[s
         compared = [own for own in by_family if name in own]
         for own, p in zip(compared, holm([own[name].p for own in compared]), strict=True):
             own[name] = replace(own[name], p_holm=p, families=len(compared))
-    return [
-        f"{entry.name} was not tested on the images of {reference}: no difference is given"
-        for entry in entries
-        if entry is not base and entry not in same
-    ]
+    apart = [entry.name for entry in others if entry not in same]
+    return [f"{name} was not tested on the images of {reference}: no difference is given" for name in apart]
 
 
 def _warnings(entries: Sequence[_Entry], test: dict[str, Any]) -> list[str]:
@@ -192,9 +191,8 @@ def _said_of_several(families: Sequence[dict[str, Any]]) -> list[str]:
             names.setdefault(note, []).append(family["name"])
     for family in families:
         family["warnings"] = [f"{family['name']}: {note}" for note in family["warnings"] if len(names[note]) == 1]
-        family["warnings"] += [
-            f"on {part['view']}: {words}" for part in family["external"] for words in part["warnings"]
-        ]
+        for part in family["external"]:
+            family["warnings"] += [f"on {part['view']}: {words}" for words in part["warnings"]]
     return [f"{abbreviated(of, 4)}: {note}" for note, of in names.items() if len(of) > 1]
 
 
@@ -351,9 +349,5 @@ def _exact(a: FamilyEstimates, b: FamilyEstimates, name: str) -> tuple[float, st
 def _over_sets(a: FamilyEstimates, b: FamilyEstimates, name: str) -> MeasureDifference | None:
     index = {each.key: j for j, each in enumerate(b.test_sets)}
     values = a.by_test_set(name) - b.by_test_set(name)[[index[each.key] for each in a.test_sets]]
-    values = values[~np.isnan(values)]
-    if len(values) < 2:
-        return None
-    low, high, p = corrected_t(values, a.ratio)
-    method = f"corrected t, {len(values)} sets of test images"
-    return MeasureDifference(name, float(values.mean()), low, high, p, method)
+    test = over_test_sets(values, a.ratio)
+    return None if test is None else MeasureDifference(name, macro(values), *test)

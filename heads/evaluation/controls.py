@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 SIDE = 32  # pixels
 MOST = 5_000  # training images
-GONE = "are gone or changed"
+GONE, UNFINISHED = "are gone or changed", "stopped before it converged"
 CHANCE, MAJORITY, PIXELS = "chance", "majority class", "pixels, logistic regression"
 
 
@@ -64,13 +64,8 @@ def _key_of(view: FeatureView, task: Task, splits: Splits) -> str:
     data = hashlib.blake2b(canonical_json(view.source).encode(), digest_size=16)
     for column in (view.digests, task.labels, splits.names):
         data.update(canonical_json(np.asarray(column).astype(str).tolist()).encode())
-    how = {
-        "decoding": DECODING,
-        "side": SIDE,
-        "most": MOST,
-        "featurecache": __version__,
-        "sklearn": version("scikit-learn"),  # whose import takes a second, and what is remembered needs none
-    }
+    how = {"decoding": DECODING, "side": SIDE, "most": MOST, "featurecache": __version__}
+    how["sklearn"] = version("scikit-learn")  # whose import takes a second, and what is remembered needs none
     what = {"task": task.kind, "classes": list(task.classes), "positive": task.positive}
     return state_key(data=data.hexdigest(), **what, **how)
 
@@ -179,9 +174,7 @@ def _fit_pixels(task: Task, data: dict[str, tuple[np.ndarray, np.ndarray]], note
     flat = [x[:, :channels].reshape(len(x), -1).astype(np.float32) for x in images]
     mean, scale = flat[0].mean(0), flat[0].std() or 1.0
     train, *scaled = ((x - mean) / scale for x in flat)
-    z, finished = _logits(task, train, y, scaled)
-    if not finished:
-        notes.append("stopped before it converged")
+    z = _logits(task, train, y, scaled, notes)
     calibration, note = calibrate(task.kind, z[0], others[0], np.zeros(len(task.classes)), task.positive, None)
     notes += [note] if note else []
     measured = {
@@ -191,31 +184,31 @@ def _fit_pixels(task: Task, data: dict[str, tuple[np.ndarray, np.ndarray]], note
     return {"name": PIXELS, **measured}
 
 
-def _logits(task: Task, x: np.ndarray, y: np.ndarray, others: list[np.ndarray]) -> tuple[list[np.ndarray], bool]:
+def _logits(task: Task, x: np.ndarray, y: np.ndarray, others: list[np.ndarray], notes: list[str]) -> list[np.ndarray]:
     """Logits float64 [n, C] for each of ``others``; a class or label that train cannot teach gets a constant."""
     z = [np.full((len(other), len(task.classes)), 0.0 if task.multilabel else -20.0) for other in others]
     if not task.multilabel:
-        model, finished = _regression(x, y)
+        model = _regression(x, y, notes)
         for values, other in zip(z, others, strict=True):
             own = model.decision_function(other)
             values[:, model.classes_] = own if own.ndim == 2 else np.stack([np.zeros_like(own), own], axis=1)
-        return z, finished
-    all_finished = True
+        return z
     for c, truth in enumerate(y.T):
         labelled = ~np.isnan(truth)
         if len(np.unique(truth[labelled])) == 2:
-            model, finished = _regression(x[labelled], truth[labelled].astype(int))
-            all_finished &= finished
+            model = _regression(x[labelled], truth[labelled].astype(int), notes)
             for values, other in zip(z, others, strict=True):
                 values[:, c] = model.decision_function(other)
-    return z, all_finished
+    return z
 
 
-def _regression(x: np.ndarray, y: np.ndarray) -> tuple[Any, bool]:
+def _regression(x: np.ndarray, y: np.ndarray, notes: list[str]) -> Any:
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.linear_model import LogisticRegression
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)  # said in the control's note instead
         model = LogisticRegression(C=1.0, max_iter=300).fit(x, y)
-    return model, bool(model.n_iter_.max() < 300)
+    if model.n_iter_.max() >= 300 and UNFINISHED not in notes:
+        notes.append(UNFINISHED)
+    return model

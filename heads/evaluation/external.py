@@ -13,7 +13,6 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -41,12 +40,10 @@ from heads.runs.run import Run, is_pixels, pixels_of
 from heads.runs.write import answer_columns, record_stamp
 from heads.settings import SPLITS
 from heads.splits import read_splits
-from heads.task import FeatureView, Predictions, Say, clusters_of, is_labelled, plain_rows
+from heads.task import FeatureView, Predictions, Say, clusters_of, is_labelled, plain_rows, renumber_labels
 
 FOLDER = "external"
-_KINDS = {
-    "view": str, "split": (str, type(None)), "grouped": bool, "warnings": list, "files": dict,
-}  # fmt: skip
+_KINDS = {"view": str, "split": (str, type(None)), "grouped": bool, "warnings": list, "files": dict}
 ROWS = 1024  # features in memory at once
 
 
@@ -61,11 +58,11 @@ def evaluate_run(
     _check_features(run, view)
     if split is not None and split not in SPLITS:
         raise BadOption(f"--split {split}: it is one of {', '.join(SPLITS)}, or left out for all images.")
-    matched = match_classes(run, view, classes)
-    rows = _rows(view, matched.labels, split)
-    y = matched.labels[rows]
+    labels, names, left_out, notes = match_classes(run, view, classes)
+    rows = _rows(view, labels, split)
+    y = labels[rows]
     n = (y == 1).sum(axis=0) if y.ndim == 2 else np.bincount(y, minlength=len(run.classes))
-    notes = [*matched.notes, *_overlap(run, view, rows)]
+    notes += _overlap(run, view, rows)
     say = say or (lambda line: None)
     for note in notes:
         say(f"warning    {note}")
@@ -73,8 +70,8 @@ def evaluate_run(
     record = nan_to_none({
         **record_stamp(), "view": view.label, "path": place_of(view.path), "fingerprint": view.fingerprint,
         "output": run.output, "split": split, "n": len(rows),
-        "classes": [{"class": c, "in_view": matched.names[c], "n": int(n[i])} for i, c in enumerate(run.classes)],
-        "left_out": matched.left_out, "grouped": answers.grouped, "warnings": notes,
+        "classes": [{"class": c, "in_view": names[c], "n": int(n[i])} for i, c in enumerate(run.classes)],
+        "left_out": left_out, "grouped": answers.grouped, "warnings": notes,
         **_measured([(run, answers)], SharedResamples(resamples)),
     })  # fmt: skip
     path = _write(run, view.name + (f"-{split}" if split else ""), record, answers)
@@ -114,12 +111,9 @@ def _check_features(run: Run, view: FeatureView) -> None:
             f"{view.label} was not made as the features that {run.path} was trained on, and to its head other features "
             f"mean nothing. They differ in {fields}. Extract these images as those were."
         )
-    shape = tuple(view.info(run.output).shape)
-    if shape != tuple(run.config["view"]["shape"]):
-        raise BadOption(
-            f"{run.output} of {view.label} has the shape {list(shape)}, and the head of {run.path} takes "
-            f"{run.config['view']['shape']}."
-        )
+    shape, own = list(view.info(run.output).shape), run.config["view"]["shape"]
+    if shape != own:
+        raise BadOption(f"{run.output} of {view.label} has the shape {shape}, and the head of {run.path} takes {own}.")
 
 
 def _rows(view: FeatureView, labels: np.ndarray, split: str | None) -> np.ndarray:
@@ -234,32 +228,23 @@ def external_records(family: Family, resampler: SharedResamples) -> list[dict[st
         for record, answers in read_external(run):
             name = record["view"] + (f" ({record['split']})" if record["split"] else "")
             views.setdefault(name, []).append((run, record, answers))
-    return [
-        {
-            "view": name,
-            "n": len(evaluations[0][2].ids),
-            "heads": len(evaluations),
-            "warnings": list(dict.fromkeys(words for _, record, _ in evaluations for words in record["warnings"])),
-            **_measured([(run, answers) for run, _, answers in evaluations], resampler),
-        }
-        for name, evaluations in views.items()
-    ]
+    records = []
+    for name, evaluations in views.items():
+        warnings = list(dict.fromkeys(words for _, record, _ in evaluations for words in record["warnings"]))
+        about = {"view": name, "n": len(evaluations[0][2].ids), "heads": len(evaluations), "warnings": warnings}
+        records.append(about | _measured([(run, answers) for run, _, answers in evaluations], resampler))
+    return records
 
 
-@dataclass(frozen=True)
-class MatchedClasses:
-    """``labels`` of every row of the view, as the run counts its classes: int64 [N], -1 for none; of several labels
-    float32 [N, L], NaN for unknown. ``left_out``: images of each class that the head does not know."""
-
-    labels: np.ndarray
-    names: dict[str, list[str]]  # class of the run -> what the view calls it
-    left_out: dict[str, int]
-    notes: tuple[str, ...]
-
-
-def match_classes(run: Run, view: FeatureView, given: Sequence[str] = ()) -> MatchedClasses:
+def match_classes(
+    run: Run, view: FeatureView, given: Sequence[str]
+) -> tuple[np.ndarray, dict[str, list[str]], dict[str, int], list[str]]:
     """``given``: "NAME=A,B" for a class of the run that the view calls otherwise, "NAME=" for one that it has not.
-    Raises BadOption where a class is not found: a class under another name would be missing without a word."""
+    Raises BadOption where a class is not found: a class under another name would be missing without a word.
+
+    Returns the labels of every row of the view, as the run counts its classes: int64 [N], -1 for none; of several
+    labels float32 [N, L], NaN for unknown; what the view calls each class of the run; images of each class that the
+    head does not know, which are left out; sentences about it."""
     if view.task == "unlabelled":
         raise BadOption(f"{view.label} carries no labels to evaluate against. featurecache predict needs none.")
     if (view.task == "multilabel") != (run.task == "multilabel"):
@@ -286,7 +271,7 @@ def match_classes(run: Run, view: FeatureView, given: Sequence[str] = ()) -> Mat
         notes.append(f"{count:,} images of classes that the head does not know are left out ({classes})")
     if unlabelled := int((~is_labelled(view_labels)).sum()):
         notes.append(f"{unlabelled:,} images carry no label and are left out")
-    return MatchedClasses(_recode(run, view, names), names, left_out, tuple(notes))
+    return _recode(run, view, names), names, left_out, notes
 
 
 def _parse_names(run: Run, view: FeatureView, given: Sequence[str]) -> dict[str, list[str]]:
@@ -330,16 +315,13 @@ def _view_names(run: Run, view: FeatureView, given: dict[str, list[str]]) -> dic
 
 def _recode(run: Run, view: FeatureView, names: dict[str, list[str]]) -> np.ndarray:
     """The labels of the view as the run counts its classes; of several merged labels any that is there makes it one."""
-    labels = np.asarray(view.labels)
     columns = [[view.classes.index(word) for word in names[name]] for name in run.classes]
-    if run.task == "multilabel":
-        recoded = np.full((len(labels), len(columns)), np.nan, dtype=np.float32)
-        for c, own in enumerate(columns):
-            if own:
-                absent = np.where(np.isnan(labels[:, own]).any(axis=1), np.nan, 0.0)
-                recoded[:, c] = np.where((labels[:, own] == 1).any(axis=1), 1.0, absent)
-        return recoded
-    recode = np.full(len(view.classes) + 1, -1, dtype=np.int64)  # the last entry serves label -1
+    if run.task != "multilabel":
+        return renumber_labels(view, columns)
+    labels = np.asarray(view.labels)
+    recoded = np.full((len(labels), len(columns)), np.nan, dtype=np.float32)
     for c, own in enumerate(columns):
-        recode[own] = c
-    return recode[labels.astype(np.int64)]
+        if own:
+            absent = np.where(np.isnan(labels[:, own]).any(axis=1), np.nan, 0.0)
+            recoded[:, c] = np.where((labels[:, own] == 1).any(axis=1), 1.0, absent)
+    return recoded

@@ -19,7 +19,7 @@ import numpy as np
 
 from featurecache.errors import BadOption
 from featurecache.files.records import canonical_json
-from featurecache.formatting import abbreviated
+from featurecache.formatting import abbreviated, exact_number
 from heads.evaluation.selection import Row, setting_of
 from heads.metrics.calibration import CalibratedPredictions
 from heads.metrics.intervals import TestSet
@@ -125,7 +125,7 @@ def _option_text(key: str, value: Any) -> str:
     """``lr 0.001``, ``rlrr``, ``no balance``."""
     if isinstance(value, bool):
         return key if value else f"no {key}"
-    return f"{key} {value:g}" if isinstance(value, float) else f"{key} {value}"
+    return f"{key} {exact_number(value)}" if isinstance(value, float) else f"{key} {value}"
 
 
 def run_setting(run: Run) -> dict[str, Any]:
@@ -142,11 +142,8 @@ def display_setting(settings: dict[str, Any]) -> dict[str, Any]:
     plain = Settings(settings["head"]).to_dict()
     plain |= HEADS[settings["head"]].settings if settings["head"] in HEADS else {}
     always = () if settings["head"] in HEADS and HEADS[settings["head"]].solved else ("lr", "weight_decay")
-    return {
-        key: value
-        for key, value in setting_of({"settings": settings}).items()
-        if key not in NAMED and (value != plain.get(key) or key in always) and value is not None
-    }
+    own = {key: value for key, value in setting_of({"settings": settings}).items() if key not in NAMED}
+    return {key: v for key, v in own.items() if v is not None and (v != plain.get(key) or key in always)}
 
 
 def remarks_of(family: Family) -> tuple[list[str], list[str]]:

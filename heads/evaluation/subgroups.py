@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Collection
-from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -58,31 +58,23 @@ def _text(value: Any) -> str:
     return value.decode() if isinstance(value, bytes) else str(value)
 
 
-@dataclass(frozen=True)
-class ImageListing:
-    """n images as a view lists them; they were read for their digests and not decoded."""
-
-    label: str
-    ids: list[str]
-    digests: np.ndarray  # S32 [n]
-    meta: dict[str, np.ndarray]  # [n] each
-
-
 def image_columns(run: Run, ids: Collection[str]) -> Any:
-    """ids, digests and meta of the images that a run was made of: of a run on pixels of those in ``ids`` that can be
-    read, in the order of the data, else of its whole view. RunError where the data are gone; the errors of a view."""
+    """The view that a run was made of; of a run on pixels the same columns (label, n ids, digests S32 [n], meta) of
+    those images in ``ids`` that can be read, in the order of the data. RunError where the data are gone; the errors of
+    a view."""
     from featurecache.images.decoding import digest
     from featurecache.store.remote_cache import local_place
     from featurecache.store.view import View
 
     if not is_pixels(run):
         return View(local_place(run.config["view"]["path"]), columns_only=True)
-    dataset, names = open_run_dataset(run), set(ids)
+    dataset, wanted = open_run_dataset(run), set(ids)
     rows, digests = [], []
     for row, name in enumerate(dataset.ids):
-        if name in names:
+        if name in wanted:
             with contextlib.suppress(UnreadableImage):
                 digests.append(digest(dataset.read(row)).encode())
                 rows.append(row)
     meta = {name: np.asarray(column)[rows] for name, column in dataset.meta.items()}
-    return ImageListing(run.config["view"]["label"], [dataset.ids[i] for i in rows], np.array(digests, "S32"), meta)
+    names = [dataset.ids[i] for i in rows]
+    return SimpleNamespace(label=run.config["view"]["label"], ids=names, digests=np.array(digests, "S32"), meta=meta)

@@ -35,7 +35,7 @@ from torch import nn
 
 from featurecache.errors import BadOption
 from heads.evaluation.external import rows_of_splits
-from heads.explanations.maps import SaliencyMap, class_margin_weights, margin_unit
+from heads.explanations.maps import SaliencyMap, margin_unit
 from heads.models.tokens import ClsMean, Conv, Large, MeanLinear
 from heads.models.vector import Linear, Mlp
 from heads.runs.run import Run
@@ -60,8 +60,6 @@ class MarginModel:
     tokens: TokenMap
     scale: Standardize
     correction: torch.Tensor  # float32 [C]
-    temperature: float
-    multilabel: bool
 
     @property
     def early(self) -> bool:
@@ -76,9 +74,6 @@ class MarginModel:
         """u [n, T, D] -> what the head is given."""
         made = self.tokens.input(u)
         return made if self.early else self.scale(made)
-
-    def toward(self, classes: np.ndarray) -> torch.Tensor:
-        return class_margin_weights(classes, len(self.correction), self.temperature, self.multilabel)
 
     def margins(self, u: torch.Tensor, toward: torch.Tensor) -> torch.Tensor:
         """u [n, T, D], toward [n, C] or [1, C] -> [n]."""
@@ -98,10 +93,9 @@ class TokenContributions:
 
 
 def replacement_contributions(
-    head: MarginModel, u: torch.Tensor, mean: torch.Tensor, classes: np.ndarray
+    head: MarginModel, u: torch.Tensor, mean: torch.Tensor, toward: torch.Tensor
 ) -> TokenContributions:
-    """a_t of u [n, T, D] against ``mean`` [T, D], both scaled."""
-    toward = head.toward(classes)
+    """a_t of u [n, T, D] against ``mean`` [T, D], both scaled; toward [n, C]: the margins in the logits."""
     if head.early and isinstance(head.model, AFFINE):
         gradient, margin = _gradient(head, u, toward)
         parts = ((u - mean) * gradient).sum(2).double().numpy()
@@ -153,8 +147,9 @@ def _occluded(head: MarginModel, u: torch.Tensor, toward: torch.Tensor, mean: to
     return parts
 
 
-def gradient_times_input(head: MarginModel, u: torch.Tensor, classes: np.ndarray) -> TokenContributions:
-    """u_t · ∂m/∂u_t of u [n, T, D]; with the parts of biases and prior correction they add up to the margin.
+def gradient_times_input(head: MarginModel, u: torch.Tensor, toward: torch.Tensor) -> TokenContributions:
+    """u_t · ∂m/∂u_t of u [n, T, D]; with the parts of biases and prior correction they add up to the margin, of which
+    toward [n, C] says what it is in the logits.
 
     Raises BadOption for a head in which they would add up to nothing (attention, knn, a user's own)."""
     if not (head.early and isinstance(head.model, PIECEWISE)):
@@ -162,7 +157,6 @@ def gradient_times_input(head: MarginModel, u: torch.Tensor, classes: np.ndarray
             "gradient × input of this head adds up to nothing: that is for linear layers with ReLU between them "
             "(linear, mean-linear, cls+mean, large, mlp, conv). --method replace is for every head."
         )
-    toward = head.toward(classes)
     gradient, margin = _gradient(head, u, toward)
     biases = [p for name, p in head.model.named_parameters() if name.rpartition(".")[2].endswith("bias")]
     terms = []
@@ -189,22 +183,21 @@ def _stretches(length: int, size: int) -> Iterator[slice]:
 
 
 def contribution_maps(
-    run: Run, tokens: TokenMap, x: torch.Tensor, classes: np.ndarray, method: str, mean: torch.Tensor | None,
-    description: str = "", model: nn.Module | None = None,
+    run: Run, tokens: TokenMap, x: torch.Tensor, toward: torch.Tensor, method: str, mean: torch.Tensor | None,
+    description: str, model: nn.Module,
 ) -> list[SaliencyMap]:  # fmt: skip
-    """One map an image of stored tokens x [n, T, D]. ``mean`` [T, D]: the mean training token (``description`` says of
-    what), which ``gradient`` does without; ``model``: another head than the run's (its control)."""
+    """One map an image of stored tokens x [n, T, D], of the margins toward [n, C]. ``mean`` [T, D]: the mean training
+    token (``description`` says of what), which ``gradient`` does without; ``model``: the run's head, or its control."""
     if method not in METHODS:
         raise BadOption(f'--method "{method}" is not one of {", ".join(METHODS)}.')
     correction = torch.tensor(run.calibration.correction, dtype=torch.float32)
-    temperature, multilabel = run.calibration.temperature, run.task == "multilabel"
-    head = MarginModel(model or run.model, tokens, run.standardize, correction, temperature, multilabel)
+    head = MarginModel(model, tokens, run.standardize, correction)
     u = head.scaled(x)
     if method == "gradient":
-        parts = gradient_times_input(head, u, classes)
+        parts = gradient_times_input(head, u, toward)
     else:
         assert mean is not None
-        parts = replacement_contributions(head, u, head.scaled(mean), classes)
+        parts = replacement_contributions(head, u, head.scaled(mean), toward)
     return [_map(run, tokens, parts, i, description) for i in range(len(u))]
 
 

@@ -7,9 +7,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import count
+from itertools import count, product
 from pathlib import Path
 from typing import Any
 
@@ -23,14 +23,14 @@ from featurecache.formatting import aligned, one_line
 from featurecache.images.headers import read_by
 from heads.explanations.explainer import Explainer, SourceImage, SourceImages, read_source_image, visible_box
 from heads.explanations.maps import KINDS, Panel, SaliencyMap, class_margin_weights, draw_maps
-from heads.inference import Image, images_of, iterate_images
+from heads.inference import Image, images_of, in_parts, iterate_images
 from heads.metrics.calibration import predict_labels, probabilities
 from heads.runs.folder import digest_of, write_record
 from heads.runs.run import Run, is_pixels, load_run, name_of
 from heads.task import Say
 
 RECORD = "explain.json"
-PART = 16, 100_000_000  # images, and about the pixels, in memory at once
+PART = 100_000_000, 16  # about the pixels, and images, in memory at once
 
 
 @dataclass(frozen=True)
@@ -65,23 +65,20 @@ def explain(
     explainers = [Explainer(run, originals, device=device, weights=weights, trust_code=trust_code) for run in opened]
     names: list[str | None] = [classes] if classes is None or isinstance(classes, str) else [*classes] or [None]
     requested = _kinds(kinds)
-    for run in opened:
-        for name in names:
-            _check_class(run, name)
+    _check_classes(opened, names)
     folder = _folder(Path(out) if out is not None else opened[0].path / "explain")
     records: list[dict[str, Any]] = []
     files: dict[Path, str] = {}
     numbers = count(1)
-    for part in _parts(_images(images, opened, originals)):
+    for part in in_parts(_images(images, opened, originals), _pixels_of, PART):
         readable = [image for image in part if isinstance(image, SourceImage)]
         records += [{"image": p[0], "error": p[1]} for p in part if not isinstance(p, SourceImage)]
-        by_run = [
-            _of_run(each, requested or [each.default], names, method, readable) for each in explainers if readable
-        ]
-        if (reasons := [result.why for of_run in by_run for result, *_ in of_run]) and all(reasons):
+        if not readable:
+            continue
+        explained = [each for one in explainers for each in _of_run(one, requested, names, method, readable)]
+        if all(reasons := [result.why for result, *_ in explained]):
             raise BadOption("; ".join(dict.fromkeys(reasons)))
-        for i, image in enumerate(readable):
-            results = [of_image[i] for of_run in by_run for of_image in of_run]
+        for image, results in zip(readable, zip(*explained, strict=True), strict=True):
             paths, written = _write_image(folder, next(numbers), image, results)
             files |= paths
             records += written
@@ -106,52 +103,38 @@ class ExplainResult:
     why: str = ""
 
 
-def _parts(images: Iterable[Any]) -> Iterator[list[Any]]:
-    """In pieces of at most about ``PART``."""
-    part: list[Any] = []
-    for image in images:
-        part.append(image)
-        pixels = sum(each.pixels.size // 3 for each in part if isinstance(each, SourceImage))
-        if len(part) == PART[0] or pixels >= PART[1]:
-            yield part
-            part = []
-    if part:
-        yield part
+def _pixels_of(image: SourceImage | tuple[str, str]) -> int:
+    return image.pixels.size // 3 if isinstance(image, SourceImage) else 0
 
 
 def _of_run(
     explainer: Explainer, kinds: Sequence[str], names: Sequence[str | None], method: str, images: list[SourceImage]
 ) -> list[list[ExplainResult]]:
-    """For every kind and class that is explained the result of every image."""
-    logits = explainer.logits(images)
-    return [
-        _of_kind(explainer, kind, images, _chosen_classes(explainer.run, logits, name), logits, method)
-        for kind in kinds
-        for name in (names if kind != "attention" else [None])
-    ]
+    """For every kind (by default the run's own) and class that is explained the result of every image."""
+    run, logits, results = explainer.run, explainer.logits(images), []
+    wanted = [(k, name) for k in kinds or [explainer.default] for name in (names if k != "attention" else [None])]
+    for kind, name in wanted:
+        chosen, why = _chosen_classes(run, logits, name), ""
+        try:
+            maps = explainer.maps(kind, images, chosen, method)
+        except BadOption as error:
+            maps, why = [[] for _ in images], str(error)
+        if kind == "attention":
+            results.append([ExplainResult(run, kind, "", None, None, each, why) for each in maps])
+            continue
+        toward = class_margin_weights(chosen, len(run.classes), 1.0, run.task == "multilabel")
+        margins = (logits * toward.double().numpy()).sum(1)  # these logits have their temperature already
+        rows = zip(chosen, probabilities(run.task, logits), margins, maps, strict=True)
+        named = (ExplainResult(run, kind, run.classes[c], float(p[c]), float(m), each, why) for c, p, m, each in rows)
+        results.append(list(named))
+    return results
 
 
-def _of_kind(
-    explainer: Explainer, kind: str, images: list[SourceImage], chosen: np.ndarray, logits: np.ndarray, method: str
-) -> list[ExplainResult]:
-    run, why = explainer.run, ""
-    try:
-        maps = explainer.maps(kind, images, chosen, method)
-    except BadOption as error:
-        maps, why = [[] for _ in images], str(error)
-    if kind == "attention":
-        return [ExplainResult(run, kind, "", None, None, each, why) for each in maps]
-    toward = class_margin_weights(chosen, len(run.classes), 1.0, run.task == "multilabel")
-    margins = (logits * toward.double().numpy()).sum(1)  # these logits have their temperature already
-    rows = zip(chosen, probabilities(run.task, logits), margins, maps, strict=True)
-    return [ExplainResult(run, kind, run.classes[c], float(p[c]), float(m), each, why) for c, p, m, each in rows]
-
-
-def _check_class(run: Run, name: str | None) -> None:
-    if name is not None and name not in run.classes:
-        raise BadOption(
-            f"{run.path} has no class {name!r}.{nearest(name, run.classes)} Its classes: {', '.join(run.classes)}."
-        )
+def _check_classes(runs: Sequence[Run], names: Sequence[str | None]) -> None:
+    for run, name in product(runs, names):
+        if name is not None and name not in run.classes:
+            classes = f"Its classes: {', '.join(run.classes)}."
+            raise BadOption(f"{run.path} has no class {name!r}.{nearest(name, run.classes)} {classes}")
 
 
 def _chosen_classes(run: Run, logits: np.ndarray, name: str | None) -> np.ndarray:
@@ -193,7 +176,7 @@ def _images(
 
 
 def _write_image(
-    folder: Path, number: int, image: SourceImage, results: list[ExplainResult]
+    folder: Path, number: int, image: SourceImage, results: Sequence[ExplainResult]
 ) -> tuple[dict[Path, str], list[dict[str, Any]]]:
     """A PNG for every kind with its hash, and the records."""
     files, records = {}, []
@@ -201,28 +184,24 @@ def _write_image(
     stem = re.sub(r"[^A-Za-z0-9._-]+", "_", stem)[-60:]
     for kind in dict.fromkeys(result.kind for result in results):
         of_kind = [result for result in results if result.kind == kind]
-        boxes = [visible_box(each.run.config["spec"], image.pixels) for each in of_kind]
-        panels = [
-            Panel(_title(each), box, each.maps, each.why, is_pixels(each.run))
-            for each, box in zip(of_kind, boxes, strict=True)
-        ]
-        untrained = any(result.run.untrained for result in of_kind)
+        panels = [_panel(result, image.pixels) for result in of_kind]
         path = folder / f"{number:03d}-{stem}-{kind}.png"
-        data = draw_maps(image.pixels, kind, panels, untrained)
+        data = draw_maps(image.pixels, kind, panels, any(result.run.untrained for result in of_kind))
         write_whole(path, data)
         files[path] = digest_of(data)
         records += [record for result in of_kind for record in _records(image.name, result, path)]
     return files, records
 
 
-def _title(result: ExplainResult) -> str:
+def _panel(result: ExplainResult, pixels: np.ndarray) -> Panel:
     run = result.run
     lines = [name_of(run.head, run.output), f"{run.path.resolve().name} on {run.config['view']['label']}"]
     if run.config["settings"].get("random_weights"):
         lines.append("begun from random weights")
     if result.probability is not None:
         lines.append(f"p {result.probability:.2f} of {result.called}")
-    return "\n".join(lines)
+    box = visible_box(run.config["spec"], pixels)
+    return Panel("\n".join(lines), box, result.maps, result.why, is_pixels(run))
 
 
 def _records(name: str, result: ExplainResult, path: Path) -> list[dict[str, Any]]:

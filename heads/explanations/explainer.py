@@ -15,7 +15,7 @@ import io
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cache, cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -26,7 +26,7 @@ from featurecache.errors import BadOption, FeatureCacheError, NotInCache
 from featurecache.images.headers import READING, EncodedImage
 from featurecache.images.preprocessing import Preprocess
 from heads.explanations import contributions
-from heads.explanations.maps import KINDS, SaliencyMap, class_margin_weights, margin_unit, with_shuffled_weights
+from heads.explanations.maps import SaliencyMap, class_margin_weights, margin_unit, with_shuffled_weights
 from heads.explanations.methods import EndToEnd, Transformer, attention_maps, check_extra, grad_cam_maps, layer_of
 from heads.inference import store_of
 from heads.runs.run import Run, is_pixels, preprocess_of
@@ -51,7 +51,6 @@ class Explainer:
         self._options: dict[str, Any] = {"device": device, "weights": weights, "trust_code": trust_code}
         self.on_pixels = is_pixels(run)
         self.view = None if self.on_pixels else originals.view(run)
-        self._mean: tuple[torch.Tensor, str] | None = None
 
     @property
     def default(self) -> str:
@@ -85,31 +84,29 @@ class Explainer:
         self, kind: str, images: Sequence[SourceImage], classes: np.ndarray, method: str = "replace"
     ) -> list[list[SaliencyMap]]:
         """The maps of every image, of the margins of ``classes`` [n]. Raises BadOption where this run has no such."""
-        if kind not in KINDS:
-            raise BadOption(f'--kind "{kind}" is not one of {", ".join(KINDS)}.')
         if kind == "attention":
             return self._attention(images)
-        make = {"contribution": self._contributions, "grad-cam": self._grad_cam}[kind]
-        maps, controls = (make(images, classes, model, method) for model in (self.run.model, self.control))
+        run, make = self.run, {"contribution": self._contributions, "grad-cam": self._grad_cam}[kind]
+        multilabel = run.task == "multilabel"
+        toward = class_margin_weights(classes, len(run.classes), run.calibration.temperature, multilabel)
+        maps, controls = (make(images, toward, model, method) for model in (run.model, self.control))
         return [[replace(one, control=other.values)] for one, other in zip(maps, controls, strict=True)]
 
     # --- contribution
 
     def _contributions(
-        self, images: Sequence[SourceImage], classes: np.ndarray, model: nn.Module, method: str
+        self, images: Sequence[SourceImage], toward: torch.Tensor, model: nn.Module, method: str
     ) -> list[SaliencyMap]:
         if self.on_pixels:
             if method != "replace":
                 raise BadOption("--method gradient is for heads on tokens; a network on pixels has --method replace.")
-            return self._occluded(images, classes, model)
+            return self._occluded(images, toward, model)
         tokens = self._token_map
         x = self.features(images, tokens.source).float().clone()  # outside inference mode
         if self.run.output == "gap":
             contributions.check_gap(self.run, tokens, x, self.features(images, "gap"))
-        if method == "replace":
-            self._mean = self._mean or contributions.mean_training_token(self.run, tokens, self.view)
-        mean, description = self._mean if method == "replace" and self._mean else (None, "")
-        return contributions.contribution_maps(self.run, tokens, x, classes, method, mean, description, model)
+        mean, description = self._mean if method == "replace" else (None, "")
+        return contributions.contribution_maps(self.run, tokens, x, toward, method, mean, description, model)
 
     @cached_property
     def _token_map(self) -> contributions.TokenMap:
@@ -117,8 +114,12 @@ class Explainer:
         source: Any = self._backbone.backbone if self.view is None else self.view.info(name)
         return contributions.token_map(self.run, source.prefix, source.grid)
 
+    @cached_property
+    def _mean(self) -> tuple[torch.Tensor, str]:
+        return contributions.mean_training_token(self.run, self._token_map, self.view)
+
     @torch.no_grad()
-    def _occluded(self, images: Sequence[SourceImage], classes: np.ndarray, model: nn.Module) -> list[SaliencyMap]:
+    def _occluded(self, images: Sequence[SourceImage], toward: torch.Tensor, model: nn.Module) -> list[SaliencyMap]:
         """Of a network on pixels: squares of them replaced by the colour that normalising makes zero."""
         preprocess, values = preprocess_of(self.run), []
         height, width = preprocess.size
@@ -128,8 +129,8 @@ class Explainer:
         some = max(1, AT_ONCE // (3 * height * width))
         with self._there(model) as device:
             colour = 255 * torch.tensor(preprocess.mean or (0.0, 0.0, 0.0), device=device).view(3, 1, 1)
-            pixels, toward = self._pixels(images).float().to(device), self._toward(classes).to(device)
-            for image, way in zip(pixels, toward, strict=True):
+            pixels = self._pixels(images).float().to(device)
+            for image, way in zip(pixels, toward.to(device), strict=True):
                 margin = float((model(image[None]) * way).sum())
                 changes: list[float] = []
                 for start in range(0, len(squares), some):
@@ -141,10 +142,6 @@ class Explainer:
                 values.append(np.array(changes).reshape(count, count))
         how = "change of the margin when this square is replaced by the mean colour (occlusion)"
         return [SaliencyMap("contribution", how, each, margin_unit(self.run), small="occlusion") for each in values]
-
-    def _toward(self, classes: np.ndarray) -> torch.Tensor:
-        run = self.run
-        return class_margin_weights(classes, len(run.classes), run.calibration.temperature, run.task == "multilabel")
 
     # --- through a network
 
@@ -158,10 +155,9 @@ class Explainer:
             return attention_maps(Transformer.of_backbone(backbone), pixels)
 
     def _grad_cam(
-        self, images: Sequence[SourceImage], classes: np.ndarray, model: nn.Module, _: str
+        self, images: Sequence[SourceImage], toward: torch.Tensor, model: nn.Module, _: str
     ) -> list[SaliencyMap]:
         check_extra()
-        toward = self._toward(classes)
         if self.on_pixels:
             network: Any = model
             first, *patches = network.cam_grid or (0,)
@@ -272,12 +268,11 @@ class SourceImages:
     """Sources and views of runs, each opened once."""
 
     def __init__(self) -> None:
-        self._datasets: dict[str, Any] = {}
-        self._views: dict[str, Any] = {}
+        self._dataset, self._view = cache(_reopened), cache(_view_as_it_was)
 
     def find(self, run: Run, name: str, digest: bytes | None = None) -> SourceImage | str:
         """The very image, or why it cannot be had. ``digest``: what it was when it was computed with."""
-        dataset, where = self._dataset(run.config["view"].get("source") or {})
+        dataset, where = self._dataset(json.dumps(run.config["view"].get("source") or {}, sort_keys=True))
         if isinstance(dataset, str):
             return dataset
         if name not in where:
@@ -288,30 +283,31 @@ class SourceImages:
             return str(error)
         return image if digest in (None, image.digest) else "changed since it was computed with"
 
-    def _dataset(self, source: dict[str, Any]) -> tuple[Any, dict[str, int]]:
-        import featurecache.sources
-
-        key = json.dumps(source, sort_keys=True)
-        if key not in self._datasets:
-            try:
-                dataset = featurecache.sources.reopen(source)
-                self._datasets[key] = dataset, {name: i for i, name in enumerate(dataset.ids)}
-            except (FeatureCacheError, OSError, KeyError, TypeError):
-                self._datasets[key] = "the source is gone", {}
-        return self._datasets[key]
-
     def view(self, run: Run) -> View | None:
         """The view a run was trained on, as it was; None where it is gone or another."""
-        from featurecache.store.remote_cache import local_place
-        from featurecache.store.write_view import open_view
+        view = run.config["view"]
+        return self._view(view["path"], view.get("fingerprint"))
 
-        path = run.config["view"]["path"]
-        if path not in self._views:
-            self._views[path] = None
-            with contextlib.suppress(FeatureCacheError, OSError):
-                view = open_view(local_place(path))
-                self._views[path] = view if view.fingerprint == run.config["view"].get("fingerprint") else None
-        return self._views[path]
+
+def _reopened(source: str) -> tuple[Any, dict[str, int]]:
+    """The dataset of a source, which is given as JSON, and the rows of its ids; or why there is none."""
+    import featurecache.sources
+
+    try:
+        dataset = featurecache.sources.reopen(json.loads(source))
+        return dataset, {name: i for i, name in enumerate(dataset.ids)}
+    except (FeatureCacheError, OSError, KeyError, TypeError):
+        return "the source is gone", {}
+
+
+def _view_as_it_was(path: str, fingerprint: str | None) -> View | None:
+    from featurecache.store.remote_cache import local_place
+    from featurecache.store.write_view import open_view
+
+    with contextlib.suppress(FeatureCacheError, OSError):
+        view = open_view(local_place(path))
+        return view if view.fingerprint == fingerprint else None
+    return None
 
 
 SIDE = 320  # pixels of the longer side of what is embedded

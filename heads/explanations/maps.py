@@ -25,6 +25,7 @@ import textwrap
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import count
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -126,26 +127,22 @@ class _Sheet:
             axes.set_title(_text(panel.title), fontsize=8)
             axes.text(0.5, 0.5, _wrapped(panel.why, 34), ha="center", va="center", fontsize=7, transform=axes.transAxes)
             return
-        drawn: list[tuple[SaliencyMap, np.ndarray, str]] = []  # a map and its control on one scale
-        for number, each in enumerate(panel.maps):
-            title = _text(panel.title) + f"\n{each.small}" if number == 0 else each.small
+        rows = count()
+        for each in panel.maps:
+            title = _text(panel.title) + f"\n{each.small}" if each is panel.maps[0] else each.small
             if text := extra_values_text(each):
                 title += "\n" + _wrapped(text, 44)
-            drawn.append((each, each.values, title))
+            self.draw_map(next(rows), column, each.values, each, title, panel.box)
             if each.control is not None:
                 like = "" if each.likeness is None else f"\nrank correlation with the map {each.likeness:+.2f}"
                 weights = "shuffled weights of its last layer" if panel.from_pixels else "shuffled head weights"
-                drawn.append((each, each.control, f"control: {weights}{like}".replace("-", "−")))
-        for row, (each, values, title) in enumerate(drawn):
-            pair = (each.values, each.values if each.control is None else each.control)
-            largest = max(float(np.abs(one).max()) for one in pair)
-            self.draw_map(row, column, values, each, title, panel.box, largest)
+                title = f"control: {weights}{like}".replace("-", "−")
+                self.draw_map(next(rows), column, each.control, each, title, panel.box)
 
     def draw_map(
-        self, row: int, column: int, values: np.ndarray, each: SaliencyMap, title: str, box: Box | None,
-        largest: float,
-    ) -> None:  # fmt: skip
-        axes, bar = self.axes(row, column), self.axes(row, column, bar=True)
+        self, row: int, column: int, values: np.ndarray, each: SaliencyMap, title: str, box: Box | None
+    ) -> None:
+        axes, bar, largest = self.axes(row, column), self.axes(row, column, bar=True), each.largest
         self.draw_image(axes, box)
         axes.set_title(title if values.any() else f"{title}\nzero everywhere", fontsize=8)
         x, y, w, h = self.in_pixels(box)
@@ -240,6 +237,11 @@ class SaliencyMap:
             return None
         row, column = np.unravel_index(int(self.values.argmax()), self.values.shape)
         return int(row), int(column)
+
+    @property
+    def largest(self) -> float:
+        """The largest size in the map and its control, which have one scale."""
+        return max(float(np.abs(one).max()) for one in (self.values, self.control) if one is not None)
 
     @property
     def likeness(self) -> float | None:

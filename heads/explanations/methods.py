@@ -206,8 +206,9 @@ def layer_of(backbone: Backbone, outputs: Sequence[Output]) -> Hook:
         depth = max(int(part.lstrip("-") or 1) for output in outputs for part in blocks(output.layer))
         block = list(network.get_submodule(model.blocks))[-depth]
         norms = [part for part in block.modules() if is_norm(part) and not list(part.children())]
+        norms = [norm for norm in norms if _width_of(norm) in (backbone.width, None)]
         if not norms:
-            raise BadOption(f"the blocks of {backbone.name} have no norm, before which Grad-CAM would look.")
+            raise BadOption(f"the blocks of {backbone.name} have no norm of tokens, before which Grad-CAM would look.")
         return norms[0], "output"
     if isinstance(model, PooledMap):
         return network.get_submodule(model.inside or model.pool), "output" if model.inside else "input"
@@ -225,13 +226,17 @@ def layer_of(backbone: Backbone, outputs: Sequence[Output]) -> Hook:
     )
 
 
+def _width_of(norm: nn.Module) -> int | None:
+    """Channels that a norm has weights for: others than of tokens are of pixels (TNT) or of heads; None without."""
+    return next((parameter.shape[-1] for parameter in norm.parameters()), None)
+
+
 def grad_cam_maps(
     whole: nn.Module, layer: Hook, pixels: torch.Tensor, toward: torch.Tensor, grid: tuple[int, int] | None, first: int
 ) -> list[SaliencyMap]:
     """One map an image. ``whole``: pixels [n,3,h,w] -> logits [n,C]; toward [n,C]: the margin in the logits. ``grid``
     and ``first`` (P): which tokens are patches, where the layer gives tokens; None: it gives maps [n,C,h,w]."""
-    check_extra()
-    from pytorch_grad_cam import GradCAM
+    from pytorch_grad_cam import GradCAM  # there, as `check_extra` said
 
     tap = ActivationTap()
     with _through(tap, layer), torch.enable_grad():

@@ -37,7 +37,7 @@ import numpy as np
 
 from heads.metrics.calibration import CalibratedPredictions
 from heads.metrics.classification import Values, WeightedMeasures, evaluate, macro, predictive_values
-from heads.metrics.significance import corrected_t, percentiles, wilson
+from heads.metrics.significance import over_test_sets, percentiles, wilson
 from heads.settings import METRICS
 
 PROPORTIONS = ("sensitivity", "specificity", "ppv", "npv", "accuracy", "top5")
@@ -91,12 +91,12 @@ def _by_pattern(of_row: np.ndarray, y: np.ndarray) -> np.ndarray:
     return np.unique(pattern, axis=0, return_inverse=True)[1].reshape(-1)
 
 
-def bootstrap_weights(clusters: Clusters, resamples: int, seed: int = 0) -> Iterator[np.ndarray]:
+def bootstrap_weights(clusters: Clusters, resamples: int) -> Iterator[np.ndarray]:
     """Resamples of clusters as weights of rows, in blocks float32 [N, R]; counts, so they are exact."""
     width = max(16, CELLS // max(len(clusters.of_row), 1))
     members = [np.flatnonzero(clusters.strata == s) for s in np.unique(clusters.strata)]
     for number, start in enumerate(range(0, resamples, width)):
-        rng = np.random.default_rng([seed, number])
+        rng = np.random.default_rng([0, number])
         r = min(width, resamples - start)
         weights = np.empty((len(clusters.strata), r), dtype=np.float32)
         for own in members:
@@ -137,12 +137,11 @@ class SharedResamples:
     """The bootstrap weights of every test set, the same for all heads that are compared on it."""
 
     resamples: int = 2000
-    seed: int = 0
     _blocks: dict[str, list[np.ndarray]] = field(default_factory=dict, repr=False)
 
     def weights(self, test_set: TestSet) -> Iterable[np.ndarray]:
         if test_set.key not in self._blocks:
-            blocks = bootstrap_weights(test_set.clusters, self.resamples, self.seed)
+            blocks = bootstrap_weights(test_set.clusters, self.resamples)
             if len(test_set) * self.resamples * 4 > RETAINED:
                 return blocks
             if len(self._blocks) > 8:  # each may hold 256 MB; they can be drawn again
@@ -240,13 +239,10 @@ class FamilyEstimates:
         return MeasureEstimate(value, *wilson(int((hit & of).sum()), int(of.sum())), "Wilson")
 
     def _over_test_sets(self, value: float, name: str, c: int | None) -> MeasureEstimate:
-        values = self.by_test_set(name, c)
-        values = values[~np.isnan(values)]
-        if len(values) < 2:
+        if (interval := over_test_sets(self.by_test_set(name, c), self.ratio)) is None:
             return MeasureEstimate(value, method="defined in one set of test images only")
-        low, high, _ = corrected_t(values, self.ratio)
+        low, high, _, method = interval
         least, most = BOUNDS.get(name, (0.0, 1.0))
-        method = f"corrected t, {len(values)} sets of test images"
         return MeasureEstimate(value, max(low, least), min(high, most), method)
 
     @property

@@ -91,3 +91,9 @@ def corrected_t(values: np.ndarray, ratio: float) -> tuple[float, float, float]:
     wide = float(special.stdtrit(count - 1, (1 + LEVEL) / 2)) * error
     p = float(2 * special.stdtr(count - 1, -abs(mean) / error)) if error else float(mean == 0)
     return mean - wide, mean + wide, p
+
+
+def over_test_sets(values: np.ndarray, ratio: float) -> tuple[float, float, float, str] | None:
+    """`corrected_t` of those of ``values`` [J] that are defined, and what it is called; None of fewer than two."""
+    values = values[~np.isnan(values)]
+    return (*corrected_t(values, ratio), f"corrected t, {len(values)} sets of test images") if len(values) > 1 else None

@@ -90,8 +90,7 @@ def head_info(name: str) -> HeadInfo:
     if name in HEADS:
         return HEADS[name]
     if is_baseline(name):
-        what = BASELINES[name].what if name in BASELINES else "a pretrained network, trained on"  # nothing is loaded
-        return HeadInfo(what, "pixels", nn.Module)
+        return HeadInfo("a network from pixels", "pixels", nn.Module)  # what it is says `baseline_info`, which loads it
     if name.startswith("python:"):
         return _own_head(name)
     raise UnknownHead(
@@ -211,13 +210,13 @@ def _about(info: HeadInfo) -> dict[str, Any]:
     return {name: getattr(info, name) for name in ("what", "takes", "standardize", "solved", "reference")}
 
 
-def heads_table(classes: int = 2) -> list[dict[str, Any]]:
-    """A record for every head: what it takes, its parameters for a ViT-B/16 and ``classes``, where it comes from."""
+def heads_table() -> list[dict[str, Any]]:
+    """A record for every head: what it takes, its parameters for a ViT-B/16 and two classes, where it comes from."""
     records = []
     for name, info in HEADS.items():
         given = Input(VIT_B16.shape[1:]) if info.takes == "vector" else VIT_B16
         with torch.device("meta"):
-            count = count_parameters(make_head(name, given, classes))
+            count = count_parameters(make_head(name, given, 2))
         records.append({"head": name, **_about(info), "parameters": count})
     return records
 

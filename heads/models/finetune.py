@@ -8,13 +8,15 @@
     finetuned.json                                             what it began as, and the vector its classifier takes
 
 Additions (`adapters`) are worked into the weights. The classifier is the head of the run, not calibrated; a copy of it
-that is lies with the network where transformers has a class for both (`classification_models`).
+that is lies with the network where transformers has a class for both (``ViTForImageClassification``, …), so that
+``pipeline("image-classification")`` gives the probabilities of ``featurecache predict``.
 
 B batch, C classes, T tokens of which the first P are no patches, D width, h and w in pixels or patches.
 """
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Sequence
 from functools import lru_cache, partial
@@ -33,7 +35,6 @@ from featurecache.formatting import shell_word
 from featurecache.images.preprocessing import Preprocess
 from heads.metrics.calibration import Calibration
 from heads.models.adapters import add_lora, add_rlrr, check_adapters, is_norm, merge_adapters
-from heads.models.classification_models import calibrated, classification_model
 from heads.models.common import FINETUNE, Baseline, own_randomness
 from heads.models.published import Grid
 from heads.settings import Settings
@@ -48,6 +49,7 @@ PUBLISHED = {
 ADAPTED = {"lr": 1e-3}
 FORMAT = 1
 RECORD, WEIGHTS = "finetuned.json", "model.safetensors"
+CLOSE = 1e-4  # of logits, absolute and relative: another order of the same sums
 _KINDS = {"format": int, "provider": str, "name": str, "vector": str, "image_size": int, "sized": bool}
 
 
@@ -127,18 +129,14 @@ def save_backbone(
     network: Any = model.network
     unused = unused_parameters(model, module.vector)
     left_out = {name.removeprefix("network.") for name in unused if "mask_token" not in name}
-    needed = {key: value for key, value in network.state_dict().items() if key not in left_out}
-    state = {key: value.detach().cpu().contiguous() for key, value in needed.items()}
+    state = {k: v.detach().cpu().contiguous() for k, v in network.state_dict().items() if k not in left_out}
     record = {"format": FORMAT, **module.origin, "classifier": None}
     if module.origin["provider"] == "hf":
         from featurecache.backbones.transformers_models import quiet
 
         processor = processor_of(module.preprocess)
         with quiet():
-            whole = None
-            if calibration is not None:
-                last = calibrated(module.classifier, calibration)
-                whole = classification_model(network, state, last, classes, multilabel, partial(_probe, module))
+            whole = _classification_model(module, network, state, classes, multilabel, calibration)
             if whole is None:
                 network.save_pretrained(folder, state_dict=state)
             else:
@@ -153,12 +151,47 @@ def save_backbone(
     return extract_options(folder)
 
 
+def _noise(module: FineTuned, count: int) -> torch.Tensor:
+    """Images of noise as the network sees them: [count,3,h,w], normalised."""
+    pixels = 255 * torch.rand(count, 3, *module.preprocess.size, generator=torch.Generator().manual_seed(0))
+    return module.preprocess.normalised(pixels.to(module.classifier.weight.device))
+
+
 @torch.no_grad()
-def _probe(module: FineTuned) -> tuple[torch.Tensor, torch.Tensor]:
-    """Two images of noise as the network sees them [2,3,h,w], and their vectors [2,D]."""
-    pixels = 255 * torch.rand(2, 3, *module.preprocess.size, generator=torch.Generator().manual_seed(0))
-    x = module.preprocess.normalised(pixels)
-    return x, module.vectors(x)
+def _classification_model(
+    module: FineTuned, network: Any, state: dict[str, torch.Tensor], classes: Sequence[str], multilabel: bool,
+    calibration: Calibration | None,
+) -> Any:  # fmt: skip
+    """The model of transformers for image classification that is ``network``, whose weights are ``state``, with the
+    classifier of ``module`` behind it: (W x + b + correction) / temperature as one linear layer. None without a
+    ``calibration``, or where transformers has none that computes the same, which is not known of a class but measured:
+    its logits of two images of noise are compared with ours."""
+    from transformers import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING as kinds
+
+    kind = kinds.get(type(network.config), None)
+    if kind is None or calibration is None:
+        return None
+    config = copy.deepcopy(network.config)
+    config.id2label = dict(enumerate(classes))
+    config.label2id = {name: number for number, name in enumerate(classes)}
+    config.problem_type = f"{'multi' if multilabel else 'single'}_label_classification"
+    with torch.random.fork_rng():
+        model = (kind[0] if isinstance(kind, tuple) else kind)(config).eval()
+    behind = getattr(model, "classifier", nn.Identity())
+    layers = [part for part in behind.modules() if isinstance(part, nn.Linear)]
+    weight, bias = (value.detach().cpu().double() for value in (module.classifier.weight, module.classifier.bias))
+    if len(layers) != 1 or layers[0].weight.shape != weight.shape:
+        return None
+    correction = torch.tensor(calibration.correction, dtype=torch.float64)
+    layers[0].weight.copy_(weight / calibration.temperature)
+    layers[0].bias.copy_((bias + correction) / calibration.temperature)
+    x = _noise(module, 2)
+    try:
+        model.base_model.load_state_dict(state)
+        logits = model(x).logits
+    except (RuntimeError, ValueError):  # other parts than ours, or another size of images
+        return None
+    return model if torch.allclose(logits, layers[0](module.vectors(x)), CLOSE, CLOSE) else None
 
 
 def classifier_class(folder: Path) -> str | None:
@@ -322,8 +355,6 @@ def unused_parameters(model: nn.Module, vector: str) -> list[str]:
 
 def _gives_map(module: FineTuned) -> str:
     """The name of the module of the network whose output is the last map [B,D,h,w]; found on an image of noise."""
-    pixels = 255 * torch.rand(1, 3, *module.preprocess.size, generator=torch.Generator().manual_seed(0))
-    x = module.preprocess.normalised(pixels.to(module.classifier.weight.device))
     maps: dict[str, torch.Tensor] = {}
     assert not module.training, "it would change what BatchNorm holds"
 
@@ -334,7 +365,7 @@ def _gives_map(module: FineTuned) -> str:
     hooks = [part.register_forward_hook(partial(store, name)) for name, part in module.network.named_modules()]
     try:
         with torch.no_grad():
-            tokens = module.network(x, {"tokens"})["tokens"]
+            tokens = module.network(_noise(module, 1), {"tokens"})["tokens"]
     finally:
         for hook in hooks:
             hook.remove()

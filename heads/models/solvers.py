@@ -33,6 +33,7 @@ TEMPERATURES = (0.02, 0.04, 0.07, 0.14, 0.28)  # about Wu et al.'s 0.07
 
 Path = list[tuple[dict[str, float], nn.Module]]
 Note = Callable[[str], None]
+Solver = Callable[[torch.Tensor, np.ndarray, str, int, Note], Path]
 
 
 def ridge(x: torch.Tensor, y: np.ndarray, kind: str, classes: int, note: Note) -> Path:
@@ -241,9 +242,4 @@ def _linears(settings: list[dict[str, float]], weight: np.ndarray, bias: np.ndar
     return list(zip(settings, models, strict=True))
 
 
-SOLVERS: dict[str, Callable[[torch.Tensor, np.ndarray, str, int, Note], Path]] = {
-    "ridge": ridge,
-    "logreg": logreg,
-    "knn": knn,
-    "centroid": centroid,
-}
+SOLVERS: dict[str, Solver] = {"ridge": ridge, "logreg": logreg, "knn": knn, "centroid": centroid}

@@ -176,16 +176,15 @@ class ImageLoader:
 
 def _with_map(picture: GalleryPicture, each: SaliencyMap) -> GalleryPicture:
     assert each.control is not None
-    largest = max(float(np.abs(values).max()) for values in (each.values, each.control))
-    numbers = [f"full colour {largest:.2g}"]
+    numbers = [f"full colour {each.largest:.2g}"]
     if each.margin is not None:
         parts = f"patches {each.values.sum():+.2f}, " if each.adds_up else ""
         beside = f": {parts}{extra_values_text(each)}" if each.beside else ""
         numbers.insert(0, f"{each.unit} {each.margin:+.2f}{beside}")
     if each.likeness is not None:
         numbers.append(f"like its control {each.likeness:+.2f}")
-    overlays = [base64.b64encode(small_overlay(v, each.kind, largest)).decode() for v in (each.values, each.control)]
-    own, control = (f"data:image/png;base64,{overlay}" for overlay in overlays)
+    overlays = [small_overlay(values, each.kind, each.largest) for values in (each.values, each.control)]
+    own, control = (f"data:image/png;base64,{base64.b64encode(overlay).decode()}" for overlay in overlays)
     return replace(picture, map=own, control=control, kind=each.kind, sums="; ".join(numbers).replace(" -", " −"))
 
 

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from featurecache.errors import FeatureCacheError
-from featurecache.formatting import shell_words
+from featurecache.formatting import exact_number, shell_words
 from featurecache.store.remote_cache import local_place
-from featurecache.store.write_view import open_view
+from featurecache.store.view import View
 from heads.evaluation.families import Family, fraction_of
 from heads.models.catalogue import own_settings
 from heads.runs.run import Run, is_pixels, option_words, source_words, view_word
@@ -23,11 +23,11 @@ def train_command(run: Run) -> str:
     """The command line that trains this head, or this network, again."""
     config = run.config
     if is_pixels(run):
-        words = ["--arch", run.head, *source_words(config["view"].get("source") or {})]
-        return "featurecache train-baseline " + shell_words(words + option_words(config["settings"], _published(run)))
-    features = view_word(config["view"]["label"], config["view"]["path"])
-    words = ["--head", run.head, "--features", features, "--output", run.output]
-    return "featurecache train-head " + shell_words(words + option_words(config["settings"], _published(run)))
+        words = ["train-baseline", "--arch", run.head, *source_words(config["view"].get("source") or {})]
+    else:
+        features = view_word(config["view"]["label"], config["view"]["path"])
+        words = ["train-head", "--head", run.head, "--features", features, "--output", run.output]
+    return "featurecache " + shell_words(words + option_words(config["settings"], _published(run)))
 
 
 def _published(run: Run) -> dict[str, Any]:
@@ -63,7 +63,7 @@ def commands_of(
     options: list[tuple[str, Any]] = [("--reference", record["reference"])]
     options += [("--by", column) for column in record.get("by") or {}]
     there = (point["at_prevalence"] for family in record["families"] for point in family["operating"])
-    options.append(("--prevalence", next((f"{point['prevalence']:g}" for point in there if point), None)))
+    options.append(("--prevalence", next((exact_number(point["prevalence"]) for point in there if point), None)))
     options.append(("--show-test", "all" if record["test_seen"] else None))
     options.append(("--out", None if words == [str(folder)] else str(folder)))
     words += [word for option, value in options if value is not None for word in (option, value)]
@@ -104,7 +104,7 @@ def _origin(run: Run, names: Sequence[str]) -> dict[str, Any]:
     provenance, extract, copies = config["provenance"], None, None
     if not pixels:
         with contextlib.suppress(FeatureCacheError, OSError):  # the view may be gone
-            stored = open_view(local_place(view["path"]))
+            stored = View(local_place(view["path"]), columns_only=True)
             extract, copies = stored.extract_command(run.output), stored.augmented and str(stored.augmented)
     backbone = [str(provenance[key]) for key in ("backbone", "id", "revision") if provenance.get(key)]
     facts = {

@@ -232,7 +232,7 @@ def _name(run: Run, runs: Sequence[Run]) -> str:
 
 
 def head_table(described: dict[str, Any]) -> str:
-    """The layers of a head, from ``architectures.describe_head``."""
+    """The layers of a head, from `heads.models.catalogue.describe_head`."""
     shape = "×".join(str(n) for n in described["shape"])
     takes = "images" if described["takes"] == "pixels" else "features"
     rows = [["layer", "", "gives", "parameters"], ["input", takes, f"[{shape}]", "0"]]
@@ -245,7 +245,7 @@ HEADS_HEADER = ["head", "what", "takes", "parameters", "from"]
 
 
 def heads_rows(records: Sequence[dict[str, Any]]) -> list[list[str]]:
-    """The table of heads in words, from ``architectures.heads_table``; its header is ``HEADS_HEADER``."""
+    """The table of heads in words, from `heads.models.catalogue.heads_table`; its header is ``HEADS_HEADER``."""
     counts = [f"{each['parameters']:,}" if each["parameters"] else "none: it keeps train" for each in records]
     named = zip(records, counts, strict=True)
     return [[each["head"], each["what"], each["takes"], count, each["reference"]] for each, count in named]

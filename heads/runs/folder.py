@@ -60,9 +60,10 @@ def write_record(path: Path, record: Mapping[str, Any], files: Mapping[str, str]
     write_whole(path, write_checked_json(nan_to_none({"format": FORMAT, **record, **listed})))
 
 
-def seal_folder(folder: Path, name: str, record: Mapping[str, Any]) -> None:
-    """Write the record of a folder that is ready: it lists every file in it."""
-    there = [path for path in sorted(folder.rglob("*")) if path.is_file() and path != folder / name]
+def seal_folder(folder: Path, name: str, record: Mapping[str, Any], files: Iterable[str] = ("**/*",)) -> None:
+    """Write the record of a folder that is ready: it lists those of ``files`` (names or patterns) that are in it."""
+    paths = {path for pattern in files for path in folder.glob(pattern)} - {folder / name}
+    there = [path for path in paths if path.is_file()]
     write_record(folder / name, record, {path.relative_to(folder).as_posix(): hash_file(path) for path in there})
 
 
@@ -79,7 +80,7 @@ def read_checked_record(path: Path, what: str, kinds: Mapping[str, Any]) -> dict
         )
     if not intact:
         raise RunError(f"{folder} is damaged: {path.name} is not the text that was written.")
-    wrong = [key for key, kind in kinds.items() if key not in record or not isinstance(record[key], kind)]
+    wrong = wrong_kinds(record, kinds)
     files = record.get("files", {})
     if not isinstance(files, dict) or not all(
         isinstance(word, str) and _is_below(name) for name, word in files.items()
@@ -88,6 +89,11 @@ def read_checked_record(path: Path, what: str, kinds: Mapping[str, Any]) -> dict
     if wrong:
         raise RunError(f"{folder} is damaged: {path.name} has no proper {' and no '.join(wrong)}.")
     return record
+
+
+def wrong_kinds(record: Mapping[str, Any], kinds: Mapping[str, Any]) -> list[str]:
+    """Keys that are missing, or whose value is of another type."""
+    return [key for key, kind in kinds.items() if key not in record or not isinstance(record[key], kind)]
 
 
 def _is_below(name: str) -> bool:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from featurecache.errors import CacheError, RunError
 from featurecache.files.records import parse_json
 from featurecache.store.schema import MAX_VALUES, TASKS
-from heads.runs.folder import check_listed, partial_path, read_checked_record, read_listed
+from heads.runs.folder import check_listed, partial_path, read_checked_record, read_listed, wrong_kinds
 from heads.settings import METRICS, SPLITS
 
 if TYPE_CHECKING:
@@ -33,8 +33,6 @@ _CONFIG = {
 }  # fmt: skip
 CONFIG, METRICS_FILE, BACKBONE = "config.json", "metrics.json", "backbone"
 AT_LIMIT = "it ended at its limit"  # how the note of a run begins whose epochs were not enough
-
-
 NEEDED = (
     CONFIG, METRICS_FILE, "metrics.csv", "history.csv", "predictions.csv", "splits.csv",
     "answers.safetensors", "head.safetensors",
@@ -120,7 +118,7 @@ def list_records(folder: str | Path = "runs", errors: list[RunError] | None = No
 
 def read_config(path: Path) -> dict[str, Any]:
     config = read_checked_record(path / CONFIG, "run", _CONFIG)
-    view, wrong = config["view"], [f"view {key}" for key in _wrong(config["view"], _VIEW)]
+    view, wrong = config["view"], [f"view {key}" for key in wrong_kinds(config["view"], _VIEW)]
     if not wrong:
         shape, classes, splits = view["shape"], config["classes"], config["splits"]
         numbers = 1 <= len(shape) <= 3 and all(type(n) is int and n > 0 for n in shape)
@@ -153,7 +151,7 @@ def parse_metrics(path: Path, data: bytes) -> dict[str, Any]:
         raise RunError(f"{path} is damaged: metrics.json does not hold the measures of val, test and the controls.")
     val, test = metrics["val"], metrics["test"]
     shown = {name for name in METRICS if name in (test or {})} | {"nll"}
-    named = all(not _wrong(control, {"name": str, "note": (str, type(None))}) for control in controls or [])
+    named = all(not wrong_kinds(control, {"name": str, "note": (str, type(None))}) for control in controls or [])
     if not named or val is None or test is None or not shown <= set(val):
         raise RunError(f"{path} is damaged: metrics.json does not name what it measured.")
     return metrics
@@ -169,7 +167,7 @@ def parse_history(path: Path, data: bytes) -> list[dict[str, float]]:
 
 def read_csv(data: bytes, file: Path, parse: Callable[[dict[str, Any]], T]) -> list[T]:
     try:
-        text = io.StringIO(data.decode("utf-8"), newline="")
+        text = io.TextIOWrapper(io.BytesIO(data), "utf-8", newline="")  # StringIO holds four bytes a character
         return [parse(row) for row in csv.DictReader(text, strict=True)]
     except (ValueError, KeyError, TypeError, AttributeError, csv.Error, CacheError) as error:
         raise RunError(f"{file} is damaged: {error}.") from error
@@ -184,10 +182,6 @@ def read_tensors(data: bytes, file: Path) -> dict[str, torch.Tensor]:
         return load(data)
     except SafetensorError as error:
         raise RunError(f"{file} is damaged ({error}).") from error
-
-
-def _wrong(record: dict[str, Any], kinds: dict[str, Any]) -> list[str]:
-    return [key for key, kind in kinds.items() if not isinstance(record.get(key), kind) or key not in record]
 
 
 def _are_places(view: dict[str, Any]) -> bool:

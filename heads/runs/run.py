@@ -6,6 +6,7 @@ import hashlib
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from sys import intern
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,7 +16,7 @@ from torch import nn
 from featurecache.arithmetic import exact_arithmetic
 from featurecache.errors import BadOption, FeatureCacheError, RunError, nearest
 from featurecache.files.delimited import data_frame
-from featurecache.formatting import html_table, number, text_of, with_addresses
+from featurecache.formatting import exact_number, html_table, number, text_of, with_addresses
 from featurecache.images.headers import READING, check_crop
 from featurecache.images.preprocessing import Preprocess
 from featurecache.store.schema import source_options
@@ -70,7 +71,7 @@ class Run(RunRecord):
     def _placed(self) -> np.ndarray:
         """[N, 2] id and split of every row of the view, in its order."""
         rows = read_csv(
-            self.read("splits.csv"), self.path / "splits.csv", lambda row: [text_of(row["id"]), row["split"]]
+            self.read("splits.csv"), self.path / "splits.csv", lambda row: (text_of(row["id"]), intern(row["split"]))
         )
         return np.array(rows, object).reshape(-1, 2)
 
@@ -242,7 +243,7 @@ def option_words(settings: dict[str, Any], published: dict[str, Any] | None = No
             each = [",".join(value)] if name == "only" and value else map(str, value)
             words += [word for text in each for word in (flag(name), text)]
         else:
-            words += [flag(name), f"{value:g}" if isinstance(value, float) else str(value)]
+            words += [flag(name), exact_number(value) if isinstance(value, float) else str(value)]
     return words
 
 

@@ -16,7 +16,7 @@ import numpy as np
 from featurecache import __version__
 from featurecache.arithmetic import exact_arithmetic
 from featurecache.errors import FeatureCacheError, RunError, StepFailed, Stopped
-from featurecache.files.atomic import hash_file, write_whole
+from featurecache.files.atomic import write_whole
 from featurecache.formatting import aligned, duration, number, one_line, show_status
 from featurecache.store.write_view import open_view
 from heads import api
@@ -25,7 +25,7 @@ from heads.explanations.methods import Transformer, has_class_token
 from heads.metrics.classification import UNTRAINED
 from heads.reports.page import ranked
 from heads.reports.text import interval
-from heads.runs.folder import FORMAT, in_use, read_checked_record, write_record
+from heads.runs.folder import in_use, read_checked_record, seal_folder, write_record
 from heads.runs.run import Run, load_run, name_of
 from heads.runs.write import check_out
 from heads.settings import measure_name, title
@@ -119,8 +119,7 @@ def run_study(
         rows = StudyRunner(result, Path(cache) if cache else None, say, progress).run(record, marks)
         show_status("writing the page", progress)
         written = write_study(replace(result, rows=rows), images=images, hash_ids=hash_ids)
-        there = [name for name in (STEPS, "report.html") if (folder / name).is_file()]
-        write_record(folder / RECORD, _record_in(folder), {name: hash_file(folder / name) for name in there})
+        seal_folder(folder, RECORD, _record_in(folder), (STEPS, "report.html"))
     return written
 
 
@@ -170,7 +169,7 @@ class StudyRunner:
         study, options, folder = self.plan.study, self.plan.options, self.plan.folder
         journal = JournalFile(folder / STEPS, COLUMNS, key="step")
         now = datetime.now(timezone.utc).isoformat(timespec="seconds")
-        old = record or {"format": FORMAT, "study": study.name, "created": now, "asked": options.to_dict()}
+        old = record or {"study": study.name, "created": now, "asked": options.to_dict()}
         images = old.get("images", {}) | marks
         new = {"featurecache": __version__, "data": list(options.data), "images": images}
         old.pop("files", None)  # it lists them again when its page is written
@@ -246,7 +245,10 @@ class StudyRunner:
         if step.attention:  # the chosen head of the sweep on that view, on the most of train
             families = load_sweep(home / done[step.attention]["made"]["sweep"]).families
             own = [family for family in families if family.view == done[step.backbone]["made"]["label"]]
-            attentive = [max(own, key=lambda family: family.fraction).runs[0], *attentive]
+            if own:
+                attentive = [max(own, key=lambda family: family.fraction).runs[0], *attentive]
+            else:
+                self.say(f"warning    no attention of {done[step.backbone]['made']['label']}: every head on it failed")
         images, files = test_images(runs[0], count), []
         for kind, of in (("grad-cam", runs), ("attention", attentive)):
             folder = Path("runs") / step.name / kind

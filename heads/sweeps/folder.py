@@ -16,17 +16,16 @@ import torch
 
 from featurecache import __version__
 from featurecache.errors import RunError
-from featurecache.files.atomic import hash_file
 from featurecache.files.names import check_path
 from featurecache.files.records import canonical_json
 from heads.evaluation.families import Family
 from heads.evaluation.selection import Row, family_of, select_setting, selection_key
 from heads.models.catalogue import head_info
-from heads.runs.folder import FORMAT, check_listed, is_leftover, read_whole_tensors, write_record, write_tensors
+from heads.runs.folder import check_listed, is_leftover, read_whole_tensors, write_record, write_tensors
 from heads.runs.records import NEEDED
 from heads.runs.run import Run, hash_of, load_run
 from heads.runs.write import RunContents, check_out
-from heads.sweeps.journal import RECORD, ROWS, SEARCH, read_journal, read_sweep_record
+from heads.sweeps.journal import RECORD, ROWS, read_journal, read_sweep_record
 from heads.sweeps.plan import SweepPlan, family_text
 from heads.task import clusters_of
 from heads.training.job import TrainingJob
@@ -132,7 +131,7 @@ def write_sweep(folder: Path, plan: SweepPlan) -> None:
     """Write what the sweep is, or what it is now."""
     spec = json.loads(json.dumps(plan.spec.to_dict()))
     now = datetime.now(timezone.utc).isoformat(timespec="seconds")
-    first: dict[str, Any] = {"format": FORMAT, "created": now, "asked": []}
+    first: dict[str, Any] = {"created": now, "asked": []}
     old = read_sweep_record(folder) if (folder / RECORD).exists() else first
     old.pop("files", None)  # it lists them again when it is finished
     labels = {plan.matched.views[f.number].fingerprint: f.view for f in plan.families}
@@ -142,12 +141,6 @@ def write_sweep(folder: Path, plan: SweepPlan) -> None:
         "asked": [*(each for each in old["asked"] if each != spec), spec],
     }  # fmt: skip
     write_record(folder / RECORD, old | new)
-
-
-def seal_sweep(folder: Path) -> None:
-    """All that was asked is there: the record lists the rows, and what a search went through, by their hashes."""
-    there = [name for name in (ROWS, SEARCH) if (folder / name).is_file()]
-    write_record(folder / RECORD, read_sweep_record(folder), {name: hash_file(folder / name) for name in there})
 
 
 def slug(row: Row) -> str:

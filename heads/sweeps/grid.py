@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 
 from featurecache.errors import BadOption, nearest
+from featurecache.formatting import exact_number
 from featurecache.outputs import members
 from heads.models.catalogue import head_info
 from heads.settings import GRIDS, TABLE, Settings
@@ -42,7 +43,8 @@ class Range:
     step: float | None = None
 
     def __str__(self) -> str:
-        return f"{self.low:g}..{self.high:g}" + ("" if self.step is None else f":+{self.step:g}")
+        step = "" if self.step is None else f":+{exact_number(self.step)}"
+        return f"{exact_number(self.low)}..{exact_number(self.high)}{step}"
 
 
 @dataclass(frozen=True)
@@ -101,10 +103,7 @@ class SweepSpec:
             head_info(name)
         for name in wanted:
             members(name)
-        return cls(
-            names, wanted, grid, base, seeds, parts,
-            repeats, folds, search, trials, given,
-        )  # fmt: skip
+        return cls(names, wanted, grid, base, seeds, parts, repeats, folds, search, trials, given)
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self) | {"base": self.base.to_dict()}

@@ -22,7 +22,7 @@ from featurecache.errors import CacheError, RunError
 from featurecache.files.atomic import sync_path, writing
 from featurecache.files.records import nan_to_none, parse_json
 from heads.evaluation.selection import Row
-from heads.runs.folder import read_checked_record
+from heads.runs.folder import read_checked_record, wrong_kinds
 from heads.settings import METRICS
 
 RECORD, ROWS, SEARCH = "sweep.json", "rows.jsonl", "search.jsonl"
@@ -67,8 +67,7 @@ def _row(line: bytes, columns: dict[str, type]) -> Row | None:
         row = parse_json(row_text.decode("utf-8"), ROWS)
     except (CacheError, UnicodeDecodeError):
         return None
-    kinds = columns | {"together": list}
-    if not isinstance(row, dict) or not all(isinstance(row.get(name), kind) for name, kind in kinds.items()):
+    if not isinstance(row, dict) or wrong_kinds(row, columns | {"together": list}):
         return None
     place = row["together"]
     return row if len(place) == 2 and all(type(n) is int for n in place) and 0 <= place[0] < place[1] else None

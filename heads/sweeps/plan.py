@@ -18,7 +18,7 @@ import torch
 
 from featurecache.errors import BadOption
 from featurecache.files.records import canonical_json
-from featurecache.formatting import shell_words
+from featurecache.formatting import exact_number, shell_words
 from heads.alignment import AlignedViews, same_images
 from heads.models.catalogue import HEADS, has_dropout, head_info, is_baseline, make_head, own_settings, standardization
 from heads.models.common import Input
@@ -190,7 +190,7 @@ class SweepPlan:
 def _values_text(values: Any) -> str:
     if isinstance(values, Range):
         return str(values)
-    return ",".join(value if isinstance(value, str) else f"{value:g}" for value in values)
+    return ",".join(value if isinstance(value, str) else exact_number(value) for value in values)
 
 
 def has_option(head: str, option: str) -> bool:

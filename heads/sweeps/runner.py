@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,20 +15,20 @@ import torch
 
 from featurecache.errors import ProtocolError, Stopped
 from featurecache.files.records import canonical_json
-from featurecache.formatting import duration
+from featurecache.formatting import duration, work_bar
 from heads.evaluation.controls import measure_controls
 from heads.evaluation.selection import Row, Selection, family_of, mean_of, select_setting, setting_of
 from heads.models.common import FINETUNE
 from heads.models.tokens import FixedVectorLinear
 from heads.pixel_view import PixelView
+from heads.runs.folder import seal_folder
 from heads.runs.run import hash_of
 from heads.runs.write import RunTarget, write_run
 from heads.settings import METRICS, Settings
-from heads.sweeps.folder import StagedRuns, key_in, seal_sweep, slug
+from heads.sweeps.folder import StagedRuns, key_in, slug
 from heads.sweeps.grid import Range, Resplit
-from heads.sweeps.journal import ROWS, JournalFile
+from heads.sweeps.journal import RECORD, ROWS, SEARCH, JournalFile, read_sweep_record
 from heads.sweeps.plan import STEPPED, PlannedFamily, SweepPlan
-from heads.sweeps.progress import SweepBar
 from heads.sweeps.search import search
 from heads.task import Say
 from heads.training import engine
@@ -39,6 +39,35 @@ from heads.training.network import say_resumed, with_backbone
 from heads.training.train import FittedHead, run_contents, train_together
 
 SOLVED = 1.0  # seconds of a solved head, for the bar alone
+
+
+class SweepBar:
+    """A bar that moves by steps, each as long as it takes, and an eta of what has happened so far.
+
+    ``todo``: how many heads of a family are missing, ``seconds``: what one takes if it does not stop early. What one
+    that did has left counts as done, so the pace of the bar, and its eta, are those of heads that stop early too."""
+
+    def __init__(self, todo: dict[PlannedFamily, int], seconds: dict[PlannedFamily, float], progress: bool) -> None:
+        self.seconds, self.done, self.heads = seconds, 0, sum(todo.values())
+        self.bar = work_bar(sum(seconds[family] * count for family, count in todo.items()), "ablate", progress)
+        self._count(0)
+
+    @contextmanager
+    def training(self, family: PlannedFamily, count: int) -> Iterator[Callable[[float], object]]:
+        """While so many heads are trained together; what it gives takes the share of all their steps that was done."""
+        whole, begin = self.seconds[family] * count, self.bar.n
+        yield lambda share: self.bar.update(share * whole)
+        self.bar.update(begin + whole - self.bar.n)
+        self._count(count)
+
+    def skip(self, family: PlannedFamily, count: int) -> None:
+        """Heads that need no training."""
+        self.bar.update(self.seconds[family] * count)
+        self._count(count)
+
+    def _count(self, heads: int) -> None:
+        self.done += heads
+        self.bar.set_postfix_str(f"{self.done:,} of {self.heads:,} heads", refresh=False)
 
 
 class SweepRunner:
@@ -65,25 +94,21 @@ class SweepRunner:
                     self.finish(family)
                 for left in self.folder.glob(".network-*.checkpoint"):  # of settings that are asked for no more
                     left.unlink()
-                seal_sweep(self.folder)
+                # All that was asked is there: the rows, and what a search went through, are listed by their hashes.
+                seal_folder(self.folder, RECORD, read_sweep_record(self.folder), (ROWS, SEARCH))
             except KeyboardInterrupt as error:
                 safe = f"{len(self.journal.rows):,} heads are safe"
                 raise Stopped(f"stopped. {safe}; the same command continues.") from error
 
     def _search(self, family: PlannedFamily) -> None:
-        """Trials of settings, each trained with every seed on every resplit."""
+        """Trials of settings, each trained with every seed on every resplit, over which the criterion is averaged."""
         resplits = self.plan.spec.resplits
         heads = self.plan.spec.seeds * len(resplits)
 
-        def criterion(values: dict[str, Any]) -> float | None:
-            """Averaged over seeds and resplits; None where a head failed."""
-            keys = [key for resplit in resplits for key in self.plan.wanted(family, resplit, [values])[1]]
-            value = mean_of([self.journal.by_key[key] for key in keys], self.select)
-            return None if math.isnan(value) else value
-
-        def train(variants: Sequence[dict[str, Any]]) -> list[float | None]:
+        def train(variants: Sequence[dict[str, Any]]) -> list[float]:
             self.bar.skip(family, len(variants) * heads - self.train(family, variants))
-            return [criterion(values) for values in variants]
+            keys = [[key for r in resplits for key in self.plan.wanted(family, r, [v])[1]] for v in variants]
+            return [mean_of([self.journal.by_key[key] for key in own], self.select) for own in keys]
 
         search(self.plan, family, self.folder, train)
 

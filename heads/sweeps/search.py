@@ -8,6 +8,7 @@ seed n): a search that was killed goes on exactly as it would have.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,13 +25,10 @@ if TYPE_CHECKING:
     from optuna import Study
 
 BATCH = 8  # trials whose heads are trained together; proposed without each other's results
-COLUMNS: dict[str, type] = {
-    "key": str,
-    "proposed": list,
-}  # of the journal: a study with the first trial of a batch, its settings
+COLUMNS: dict[str, type] = {"key": str, "proposed": list}  # a study with the first trial of a batch, its settings
 OWN = ("dropout", "augment")  # options that not every head has
 Values = dict[str, Any]
-Train = Callable[[Sequence[Values]], Sequence[float | None]]  # settings -> criterion of each; None: a head of it failed
+Train = Callable[[Sequence[Values]], Sequence[float]]  # settings -> criterion of each; NaN: a head of it failed
 
 
 def check_installed() -> None:
@@ -118,9 +116,9 @@ def _rounded(value: Any, values: Any) -> Any:
     return min(max(float(f"{value:.{DIGITS}g}"), values.low), values.high) if within else value
 
 
-def _tell(study: Study, space: dict[str, Any], values: Values, value: float | None) -> None:
-    """``value`` None: a head of it failed, which the sampler takes for worse than all others."""
+def _tell(study: Study, space: dict[str, Any], values: Values, value: float) -> None:
+    """``value`` NaN: a head of it failed, which the sampler takes for worse than all others."""
     from optuna.trial import TrialState, create_trial
 
-    state = TrialState.PRUNED if value is None else TrialState.COMPLETE
-    study.add_trial(create_trial(state=state, params=values, distributions=_distributions(space), value=value))
+    result: dict[str, Any] = {"state": TrialState.PRUNED} if math.isnan(value) else {"value": value}
+    study.add_trial(create_trial(params=values, distributions=_distributions(space), **result))

@@ -206,10 +206,10 @@ Loss = CrossEntropy | BinaryCrossEntropy
 class StackedLoss:
     """The losses of K heads of one kind and the gradients of their logits at once."""
 
-    def __init__(self, losses: Sequence[Loss], dtype: torch.dtype) -> None:
+    def __init__(self, losses: Sequence[Loss]) -> None:
         (kind,) = {type(loss) for loss in losses}
         self.binary = kind is BinaryCrossEntropy
-        self.tables = [torch.stack(parts).to(dtype) for parts in zip(*(loss.table() for loss in losses), strict=True)]
+        self.tables = [torch.stack(parts).float() for parts in zip(*(loss.table() for loss in losses), strict=True)]
         if not self.binary:  # by the class of the image, the last axis: Q, its sum over c, and w: [K, C + 2, C]
             w, q = self.tables
             self.tables = [torch.cat([q.transpose(1, 2), q.sum(2)[:, None], w[:, None]], 1)]

@@ -60,7 +60,7 @@ class Learner:
         self.augment = None if settings.augment is None else Augmenter(settings.augment)
         self.written_out = None
         if steps is not None and isinstance(model, Large):
-            self.written_out = partial(steps, model, StackedLoss([loss], torch.float32))
+            self.written_out = partial(steps, model, StackedLoss([loss]))
         groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}
         everything = settings.decay_all or not settings.weight_decay  # then one group does
         for p in (p for p in model.parameters() if p.requires_grad):
@@ -95,10 +95,7 @@ class SequentialTrainer:
 
     def __init__(self, learners: Sequence[Learner], steps: LargeSteps | None = None) -> None:
         self.learners, self.steps = list(learners), steps
-
-    @property
-    def room(self) -> Room | None:
-        return None if self.steps is None else self.steps.room
+        self.room: Room | None = None if steps is None else steps.room
 
     def __len__(self) -> int:
         return len(self.learners)
@@ -137,22 +134,22 @@ class StackedTrainer:
 
     def __init__(
         self, models: Sequence[nn.Module], losses: Sequence[Loss], generators: Sequence[torch.Generator],
-        settings: Sequence[Settings], dtype: torch.dtype = torch.float32,
+        settings: Sequence[Settings],
     ) -> None:  # fmt: skip
-        self.names = list(dict(models[0].named_parameters()))
-        stacks = [torch.stack([dict(m.named_parameters())[name].detach() for m in models]) for name in self.names]
-        self.w = [stack.to(dtype) for stack in stacks]  # [K, ...] each
+        parameters = [dict(model.named_parameters()) for model in models]
+        self.names = list(parameters[0])
+        self.w = [torch.stack([own[name].detach() for own in parameters]) for name in self.names]  # [K, ...] each
         self.mean, self.square = [torch.zeros_like(w) for w in self.w], [torch.zeros_like(w) for w in self.w]
         self.steps = [torch.zeros(()) for _ in self.w]
-        self.loss, self.generators = StackedLoss(losses, dtype), list(generators)
+        self.loss, self.generators = StackedLoss(losses), list(generators)
         self.hidden = isinstance(models[0], Mlp)
         self.dropout = [float(getattr(getattr(m, "dropout", None), "p", 0.0)) for m in models]
-        self.decay = torch.tensor([s.weight_decay for s in settings], dtype=dtype)
+        self.decay = torch.tensor([s.weight_decay for s in settings], dtype=torch.float32)
         self.decoupled = torch.tensor([s.optimizer == "adamw" for s in settings])
         self.bf16 = settings[0].precision == "bf16"
         limits = [math.inf if s.clip_norm is None else s.clip_norm for s in settings]
-        self.clip_norm = None if all(map(math.isinf, limits)) else torch.tensor(limits, dtype=dtype)
-        self.lr = torch.tensor([s.lr for s in settings], dtype=dtype)
+        self.clip_norm = None if all(map(math.isinf, limits)) else torch.tensor(limits, dtype=torch.float32)
+        self.lr = torch.tensor([s.lr for s in settings], dtype=torch.float32)
         self._prepare()
         self.u = [w / f for w, f in zip(self.w, self.factor, strict=True)]
 
@@ -169,7 +166,7 @@ class StackedTrainer:
         self.apart = apart.view(-1, 1, 1) if bool(apart.any()) else None
 
     def set_rates(self, lr: np.ndarray) -> None:
-        rates = torch.from_numpy(lr).to(self.lr.dtype)
+        rates = torch.from_numpy(lr).float()
         if not torch.equal(rates, self.lr):
             self.lr.copy_(rates)
             for w, u, f in zip(self.w, self.u, self.factor, strict=True):
@@ -177,8 +174,8 @@ class StackedTrainer:
 
     @torch.inference_mode()
     def step(self, x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """One step on a batch x [B, D], y [B, ...]; the losses [K] and logits [K, B, C] before it."""
-        losses, logits, gradients = self._gradients(x.to(self.lr.dtype), y)
+        """One step on a batch x float32 [B, D], y [B, ...]; the losses [K] and logits [K, B, C] before it."""
+        losses, logits, gradients = self._gradients(x, y)
         if self.clip_norm is not None:  # each head's own length, by the rule of torch's clip_grad_norm_
             length = torch.stack([g.flatten(1).norm(dim=1) for g in gradients]).norm(dim=0)
             shorter = (self.clip_norm / (length + 1e-6)).clamp_max(1.0)
@@ -207,7 +204,7 @@ class StackedTrainer:
             z = self._first(w, b, x)
             losses, dz = self.loss(z, y)
             return losses, z, [self._product(dz.flatten(0, 1), x.T).view_as(w), dz.sum(2)]
-        dropped = x * torch.stack([self._mask(k, x.shape, x.dtype) for k in range(len(self))])  # [K, B, D]
+        dropped = x * torch.stack([self._mask(k, x.shape) for k in range(len(self))])  # [K, B, D]
         z = torch.baddbmm(b[:, :, None], w, dropped.transpose(1, 2))
         losses, dz = self.loss(z, y)
         return losses, z, [torch.bmm(dz, dropped), dz.sum(2)]
@@ -218,7 +215,7 @@ class StackedTrainer:
         mask = (hidden > 0).to(hidden.dtype)
         if any(self.dropout):
             shape = (len(x), w1.shape[1])
-            dropped = torch.stack([self._mask(k, shape, hidden.dtype).T for k in range(len(self))])
+            dropped = torch.stack([self._mask(k, shape).T for k in range(len(self))])
             hidden, mask = hidden.mul_(dropped), mask.mul_(dropped)
         z = torch.baddbmm(b2[:, :, None], w2, hidden)
         losses, dz = self.loss(z, y)
@@ -234,18 +231,18 @@ class StackedTrainer:
         """a [M, I], b [J, I] -> a bT [M, J]."""
         return (a.bfloat16() @ b.bfloat16().T).to(a.dtype) if self.bf16 else a @ b.T
 
-    def _mask(self, k: int, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+    def _mask(self, k: int, shape: Sequence[int]) -> torch.Tensor:
         """Inverted dropout of head k from its own generator (1 where it has none)."""
         if not (p := self.dropout[k]):
-            return torch.ones(tuple(shape), dtype=dtype)
-        return torch.empty(tuple(shape), dtype=dtype).bernoulli_(1 - p, generator=self.generators[k]).div_(1 - p)
+            return torch.ones(tuple(shape))
+        return torch.empty(tuple(shape)).bernoulli_(1 - p, generator=self.generators[k]).div_(1 - p)
 
     @torch.inference_mode()
     def logits(self, data: SplitData) -> np.ndarray:
         """float64 [K, n, C], without dropout."""
         parts = []
         for x in data.chunks():
-            z = x.to(self.lr.dtype) @ self.w[0].flatten(0, 1).T
+            z = x @ self.w[0].flatten(0, 1).T
             z = z.view(len(x), len(self), -1).transpose(0, 1) + self.w[1][:, None]
             parts.append(torch.baddbmm(self.w[3][:, None], z.relu(), self.w[2].transpose(1, 2)) if self.hidden else z)
         return torch.cat(parts, 1).double().numpy()

@@ -282,7 +282,7 @@ def memory_plan(job: TrainingJob) -> tuple[bool, int | None]:
     row = numbers * np.dtype(info.dtype).itemsize
     whole = row + 4 * numbers if len(info.shape) == 1 else row
     rows = int((names == "train").sum()) * versions_in(job.view) + int(np.isin(names, ("val", "test")).sum())
-    budget = memory_for_features() if job.settings.ram is None else int(job.settings.ram * 1e9)
+    budget = memory_for_features(len(names)) if job.settings.ram is None else int(job.settings.ram * 1e9)
     return (True, None) if rows * whole <= budget else (False, max(job.settings.batch_size, budget // row))
 
 

@@ -25,10 +25,10 @@ class EpochTable:
         self.network = is_baseline(settings.head)
         self.begin = self.last = time.monotonic()
         self.best: Row = {}
-        self.count, self.began = 0, False
+        self.began = False
 
     def __call__(self, row: Row, stop: bool) -> None:
-        self.count, self.best = self.count + 1, row if row["best"] else self.best
+        self.best = row if row["best"] else self.best
         if self.network or row["seconds"] >= LONG or time.monotonic() - self.last >= SILENCE:
             if not self.began:
                 self.say(_header(self.settings.select))
@@ -39,30 +39,26 @@ class EpochTable:
 
     def _finish(self, row: Row, stop: bool) -> None:
         if not self.network:
-            took = time.monotonic() - self.begin
-            self.say(f"epochs     {self.count} in {took:.1f} s; best {self.best['epoch']:.0f}: {_summary(self.best)}")
+            took, best = time.monotonic() - self.begin, _summary(self.best, self.settings.select)
+            self.say(f"epochs     {row['epoch']:.0f} in {took:.1f} s; best {self.best['epoch']:.0f}: {best}")
         elif stop and row["epoch"] < self.settings.epochs:
             self.say(f"stopped    no better on val for {self.settings.patience} epochs")
 
 
-def path_line(history: list[Row], chosen: int) -> str:
+def path_line(history: list[Row], chosen: int, select: str) -> str:
     """What came of the settings that a solved head tries; ``chosen``: the place of its own, from 1."""
     best = history[chosen - 1]
     own = [name for name in best if name not in ("epoch", "best", "seconds") and not name.startswith("val_")]
     values = ", ".join(f"{name} {best[name]:g}" for name in own)
     among = f" of {len(history)} tried" if len(history) > 1 else ""
-    return f"solved     {f'{values}{among}: ' if values else ''}{_summary(best)}"
+    return f"solved     {f'{values}{among}: ' if values else ''}{_summary(best, select)}"
 
 
-def _summary(row: Row) -> str:
-    measure = _measure(row)
-    losses = [f"{name.replace('_', ' ')} {row[name]:.3f}" for name in ("train_loss", "val_loss") if name in row]
-    return ", ".join([*losses, *([f"val {METRICS[measure].title} {row[f'val_{measure}']:.3f}"] if measure else [])])
-
-
-def _measure(row: Row) -> str | None:
-    """The measure of val that chooses, of a line of a history; None: it is the loss."""
-    return next((name for name in METRICS if f"val_{name}" in row), None)
+def _summary(row: Row, select: str) -> str:
+    parts = [f"{name.replace('_', ' ')} {row[name]:.3f}" for name in ("train_loss", "val_loss") if name in row]
+    if select != "loss":
+        parts.append(f"val {METRICS[select].title} {row[f'val_{select}']:.3f}")
+    return ", ".join(parts)
 
 
 def _header(select: str) -> str:
@@ -72,8 +68,8 @@ def _header(select: str) -> str:
 
 def _line(row: Row, settings: Settings) -> str:
     right = {split: next(row[f"{split}_{n}"] for n in ACCURACY if f"{split}_{n}" in row) for split in ("train", "val")}
-    name = _measure(row)
-    measure = "" if name is None else f"  {row[f'val_{name}']:>{max(6, len(METRICS[name].title))}.3f}"
+    select = settings.select
+    measure = "" if select == "loss" else f"  {row[f'val_{select}']:>{max(6, len(METRICS[select].title))}.3f}"
     without = f"{row['wait']:.0f} of {settings.patience}" if settings.patience else ""
     epoch = f"epoch {row['epoch']:2.0f}"
     return (

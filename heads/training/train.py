@@ -83,20 +83,15 @@ def train_together(
     if not isinstance(job.view, PixelView) and not head_info(job.settings.head).solved:
         work = work_of_a_step(make_model(job, job.settings), settings, job.input.shape)
     with arithmetic_for(work, job.settings.device) as products:
-        for numbers in _seeing_the_same(settings, job.task.multilabel):
+        for turned in (False, True):  # into a basis, which is another view of the features
+            numbers = [k for k, each in enumerate(settings) if (each.optimizer == EIGEN) is turned]
+            if not numbers:
+                continue
             own = [settings[k] for k in numbers]
             part = None if advance is None else partial(_scaled, advance, len(numbers) / len(settings))
             heads = _train(job, own, features, say or (lambda line: None), checkpoint, progress, part)
             fits |= dict(zip(numbers, _calibrate_and_test(job, heads, features, products), strict=True))
     return [fits[k] for k in range(len(settings))]
-
-
-def _seeing_the_same(settings: Sequence[Settings], multilabel: bool) -> list[list[int]]:
-    """Heads by the batches that they see: class weights go without balanced ones, and a basis is another view."""
-    groups: dict[tuple[bool, bool], list[int]] = {}
-    for k, each in enumerate(settings):
-        groups.setdefault((each.balanced(multilabel), each.optimizer == EIGEN), []).append(k)
-    return list(groups.values())
 
 
 def _scaled(advance: Callable[[float], object], factor: float, share: float) -> None:
@@ -146,7 +141,7 @@ def _solve(job: TrainingJob, settings: Settings, features: TrainingData, say: Sa
         _, better = score_epoch(trained, line, logits[place], features.val.y.numpy(), job.task)
         trained.epoch = place + 1 if better else trained.epoch
     trained.seconds = time.perf_counter() - begin
-    say(path_line(trained.history, trained.epoch))
+    say(path_line(trained.history, trained.epoch, settings.select))
     chosen, model = path[trained.epoch - 1]
     for name, value in chosen.items():
         tried = sorted({setting[name] for setting, _ in path})
@@ -266,17 +261,14 @@ def training_cost(job: TrainingJob, fit: FittedHead) -> dict[str, Any]:
     """Training in seconds; an image at prediction in milliseconds: ``ms_per_image`` of the head, or of the network of a
     baseline, ``forward_ms`` of the backbone before it and ``loading_ms`` of reading and resizing, both as the view
     measured them (None: it did not). ``device``: of backbone or network."""
-    pixels, measured = isinstance(job.view, PixelView), job.view.cost or {}
+    measured = job.view.cost or {}
+    device = device_title(fit.settings.device) if isinstance(job.view, PixelView) else measured.get("device")
     return {
         "train_seconds": fit.seconds, "seconds_to_best": fit.seconds_to_best, "ms_per_image": fit.ms_per_image,
         "forward_ms": measured.get("forward_ms"), "loading_ms": measured.get("loading_ms"),
-        "device": device_title(fit.settings.device) if pixels else _device_words(measured),
+        "device": f"{device}, busy with other work" if measured.get("busy") else device,
         "bytes_per_image": _bytes_per_image(job.view, job.output),
     }  # fmt: skip
-
-
-def _device_words(measured: dict[str, Any]) -> str | None:
-    return f"{measured['device']}, busy with other work" if measured.get("busy") else measured.get("device")
 
 
 def _bytes_per_image(view: FeatureView, output: str) -> int | None:

@@ -8,13 +8,12 @@ import torch
 import transformers
 from PIL import Image
 from support import checkpoints as save
-from support.backbone_checks import assert_same, edit_json, key, outputs, refuses
+from support.backbone_checks import assert_same, edit_json, fed, key, outputs, refuses
 from support.image_models import image_model_types, tiny_config
 from support.user_nets import CNN, SAYS
 from torchvision import transforms
 
 from featurecache.backbones import describe_backbone, load_backbone
-from featurecache.backbones.base import Backbone
 from featurecache.backbones.processors import from_processor, probe
 from featurecache.errors import BadOption, PreprocessingRefused, WeightsDoNotFit
 from featurecache.images.decoding import decode
@@ -22,14 +21,6 @@ from heads.models.finetune import processor_of
 
 PICTURE = Image.fromarray(probe(61, 83))  # in colour
 GREY = {"image_mean": [0.3], "image_std": [0.2]}
-
-
-def fed(backbone: Backbone, picture: Image.Image = PICTURE) -> torch.Tensor:
-    """[1,1,h,w]: what the network sees of an image."""
-    preprocess = backbone.preprocess
-    pixels = preprocess.normalised(preprocess.resized(decode(np.asarray(picture.convert("RGB"))))[None])
-    assert pixels.shape == (1, 1, *backbone.image_size)
-    return pixels
 
 
 def test_grey_of_a_picture_in_colour_is_pillows_to_the_bit_and_a_grey_one_stays():
@@ -74,10 +65,10 @@ def test_a_grey_network_of_transformers_sees_what_its_processor_makes_of_a_grey_
     backbone, model = load_backbone(str(folder)), transformers.AutoModel.from_pretrained(folder).eval()
     processor = transformers.AutoImageProcessor.from_pretrained(folder)
     real = processor(images=PICTURE.convert("L"), return_tensors="pt")["pixel_values"]
-    assert torch.allclose(fed(backbone), real, atol=1e-6, rtol=0)
+    assert torch.allclose(fed(backbone, PICTURE), real, atol=1e-6, rtol=0)
     with torch.no_grad():
         hidden = getattr(model, "vision_model", model)(real).last_hidden_state
-    tokens = outputs(backbone, fed(backbone), "tokens")[0]
+    tokens = outputs(backbone, fed(backbone, PICTURE), "tokens")[0]
     assert_same(tokens, hidden.flatten(2).transpose(1, 2) if hidden.dim() == 4 else hidden)
     assert "grey" in describe_backbone(str(folder))["sees"]
 
@@ -108,7 +99,7 @@ def test_a_grey_network_of_timm_sees_what_timms_own_loader_gives_it(name, means,
     feeding = resolve_data_config(pretrained_cfg=settings)
     ((real, _),) = create_loader(OnePicture(), batch_size=1, num_workers=0, device=torch.device("cpu"), **feeding)
     backbone = load_backbone(str(tmp_path / "m"))
-    assert torch.allclose(fed(backbone), real, atol=2e-6, rtol=0)
+    assert torch.allclose(fed(backbone, PICTURE), real, atol=2e-6, rtol=0)
     network = timm.create_model(f"local-dir:{tmp_path / 'm'}", pretrained=True).eval()
     features = network.forward_features(real).detach()
     tokens = outputs(backbone, real, "tokens")[0]
@@ -122,8 +113,8 @@ def test_a_grey_network_of_ones_own_sees_torchvisions_transforms_of_a_grey_image
     (tmp_path / "nets.py").write_text(CNN.replace("nn.Conv2d(3, 8", "nn.Conv2d(1, 8").replace(SAYS, says))
     steps = [transforms.Resize(40), transforms.CenterCrop(32), transforms.ToTensor(), transforms.Normalize(0.4, 0.2)]
     backbone = load_backbone("python:nets:make", random_weights=True)
-    assert torch.equal(fed(backbone)[0], transforms.Compose(steps)(PICTURE.convert("L")))
-    assert outputs(backbone, fed(backbone), "gap")[0].shape == (1, 12)
+    assert torch.equal(fed(backbone, PICTURE)[0], transforms.Compose(steps)(PICTURE.convert("L")))
+    assert outputs(backbone, fed(backbone, PICTURE), "gap")[0].shape == (1, 12)
     (tmp_path / "nets.py").write_text((tmp_path / "nets.py").read_text().replace(says, SAYS))
     refuses(BadOption, "takes grey images: give network.preprocess one number", "python:nets:make", random_weights=True)
 

@@ -158,6 +158,7 @@ def test_a_processor_that_differs_by_one_step_of_grey_or_in_size_is_refused():
         ({"size": {"shortest_edge": 30, "longest_edge": 40}}, r"resizes by"),
         ({"size": {"max_height": 30, "max_width": 40}}, r"resizes by"),
         ({"do_resize": False}, r"different sizes"),
+        ({"do_center_crop": True, "crop_size": {"height": 0, "width": 0}}, r"do not go with resizing"),
         ({"image_mean": [0.5], "image_std": [0.5]}, r"1 channels"),
     ],
 )
@@ -169,28 +170,6 @@ def test_settings_that_fit_no_network_are_refused(settings, says):
 def test_transforms_for_video_are_refused():
     with pytest.raises(PreprocessingRefused, match=r"VideoClassification"):
         from_transforms(models.get_weight("R3D_18_Weights.DEFAULT").transforms())
-
-
-@pytest.mark.parametrize(
-    ("field", "value"),
-    [
-        ("mode", "stretch"),
-        ("kernel", "opencv"),
-        ("interpolation", "box"),
-        ("arithmetic", "other"),
-        ("resize", (0, 9)),
-        ("crop_rounding", "up"),
-        ("resize", (9,)),
-        ("std", None),
-        ("std", (0.1, 0.2, 0.0)),
-        ("scale", 0.0),
-        ("crop", (0, 0)),
-    ],
-)
-def test_settings_that_make_no_sense_are_refused_when_built(field, value):
-    data = from_processor(PROCESSORS["vit"]()).to_dict()
-    with pytest.raises(PreprocessingRefused):
-        Preprocess.from_dict({**data, field: value})
 
 
 @pytest.mark.parametrize(

@@ -8,8 +8,11 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from support import checkpoints as save
 from support.backbone_checks import assert_same, key, outputs, refuses
+from support.checkpoints import renamed, under, wide
+from support.field_networks import facebook_names
 from support.small_hub import put_in_cache
 from torchvision import models
 
@@ -27,21 +30,12 @@ def _here(tmp_path, monkeypatch):
 
 
 def network(name: str = "test_vit", seed: int = 0, **arguments: Any) -> Any:
-    torch.manual_seed(seed)
-    made = timm.create_model(name, **arguments).eval()
-    with torch.no_grad():
-        for parameter in made.parameters():
-            parameter += 0.2 * torch.randn_like(parameter)
-    return made
+    return wide(timm.create_model(name, **arguments), seed)
 
 
 def state(seed: int = 0, name: str = "test_vit", **arguments: Any) -> dict[str, torch.Tensor]:
     tensors = network(name, seed, **arguments).state_dict()
     return {key: value for key, value in tensors.items() if not key.startswith("head.")}
-
-
-def under(prefix: str, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    return {prefix + name: tensor for name, tensor in tensors.items()}
 
 
 def load(content: Any, name: str = VIT, choice: str = "", **options: Any) -> Any:
@@ -129,11 +123,10 @@ def test_info_says_what_a_file_of_weights_holds():
 
 def densenet_of_chexnet(net: Any) -> dict[str, torch.Tensor]:
     """Names of before torchvision 0.3 and torch 0.4.1, in DataParallel, in a class of one's own."""
-    tensors = {k: v for k, v in net.state_dict().items() if not k.endswith("num_batches_tracked")}
-    old = {re.sub(r"(denselayer\d+\.(?:norm|conv))(\d)\.", r"\1.\2.", k): v for k, v in tensors.items()}
-    old = {name: tensor for name, tensor in old.items() if not name.startswith("classifier")}
+    skipped = ("num_batches_tracked", "classifier.weight", "classifier.bias")
+    tensors = {name: tensor for name, tensor in net.state_dict().items() if not name.endswith(skipped)}
     head = {"classifier.0.weight": torch.zeros(14, 1024), "classifier.0.bias": torch.zeros(14)}
-    return under("module.densenet121.", old | head)
+    return under("module.densenet121.", renamed(tensors, (r"(denselayer\d+\.(?:norm|conv))(\d)\.", r"\1.\2.")) | head)
 
 
 @pytest.mark.integration
@@ -150,9 +143,7 @@ def test_chexnet_as_published_is_read(name):
 
 def test_the_prefix_is_that_of_most_names_not_of_the_longest():
     longest = max(A, key=len)
-    content = under("net.", {k: v for k, v in A.items() if k != longest}) | {f"net.{longest}": A[longest]}
-    content |= {f"loss.copy.{longest}": A[longest]}
-    read = load(content)
+    read = load(under("net.", A) | {f"loss.copy.{longest}": A[longest]})
     assert read.weights == load(A).weights
     assert f"1 tensors set aside: loss.copy.{longest}" in notes(read)
 
@@ -167,17 +158,14 @@ def sequential(net: Any) -> dict[str, torch.Tensor]:
 
 def wrapped(tensors: dict[str, torch.Tensor], word: str, depth: int) -> dict[str, torch.Tensor]:
     """As names are where a submodule at this depth was compiled or sharded by itself."""
-    return {re.sub(rf"^((?:\w+\.){{{depth}}})(?=\w+\.\w)", rf"\1{word}.", name): t for name, t in tensors.items()}
+    return renamed(tensors, (rf"^((?:\w+\.){{{depth}}})(?=\w+\.\w)", rf"\1{word}."))
 
 
 @pytest.mark.parametrize("name", ["torchvision:resnet18", "timm:resnet18"])
 @pytest.mark.parametrize(
     ("content", "says"),
     [
-        (
-            under("backbone.", sequential(models.resnet18())),
-            "names of a Sequential of its children",
-        ),
+        (under("backbone.", sequential(models.resnet18())), "names of a Sequential of its children"),
         ({"state_dict": sequential(models.resnet18()) | {"projector.0.weight": torch.ones(1)}}, "set aside: projector"),
         (under("_orig_mod.", RESNET18), "the network under _orig_mod."),
         (wrapped(RESNET18, "_orig_mod", 1), "names of compiled, sharded or checkpointed parts"),
@@ -191,9 +179,9 @@ def test_a_resnet_in_the_names_of_what_trained_it_is_read_value_by_value(name, c
     read = load(content, name)
     own = read.model.network.state_dict()
     assert says in notes(read) and {*own} <= {*RESNET18}
-    by_name = {re.sub(r"(model|backbone|_orig_mod|_fsdp_wrapped_module)\.", "", key): t for key, t in flat.items()}
-    places = ["conv1", "bn1", "", "", "layer1", "layer2", "layer3", "layer4"]
-    by_name = {re.sub(r"^(\d)\.", lambda m: f"{places[int(m[1])]}.", key): t for key, t in by_name.items()}
+    places = enumerate(["conv1", "bn1", "", "", "layer1", "layer2", "layer3", "layer4"])
+    wrappers = (r"(model|backbone|_orig_mod|_fsdp_wrapped_module)\.", "")
+    by_name = renamed(flat, wrappers, *((rf"^{number}\.", f"{place}.") for number, place in places))
     for key_, tensor in own.items():
         assert key_.startswith("fc.") or torch.equal(tensor, by_name[key_]), key_
 
@@ -206,15 +194,6 @@ def test_a_densenet_that_radimagenet_cut_is_read():
                        net.features.denseblock3.denselayer5.conv2.weight)  # fmt: skip
 
 
-def test_scales_of_layers_in_a_file_are_in_the_network_too():
-    """UNI is a vit_large_patch16_224 with init_values, in a file that does not say so."""
-    net = network(init_values=1e-5, num_classes=0)
-    read = load(net.state_dict())
-    pixels = torch.rand(1, 3, 160, 160)
-    assert_same(outputs(read, pixels, "tokens")[0], net.forward_features(pixels).detach())
-    assert "the network with init_values=1.0" in notes(read)
-
-
 def test_two_sets_that_begin_alike_are_told_apart_by_the_whole_name():
     content = {"state_dict": under("backbone.", A) | under("backbone_momentum.", B)}
     torch.save(content, "w.pth")
@@ -225,31 +204,10 @@ def test_two_sets_that_begin_alike_are_told_apart_by_the_whole_name():
 
 
 def test_block_chunks_of_dinov2s_training_are_read():
-    chunked = {re.sub(r"^blocks\.(\d+)\.", r"blocks.0.\1.", name): tensor for name, tensor in A.items()}
+    chunked = renamed(A, (r"^blocks\.(\d+)\.", r"blocks.0.\1."))
     read = load({"teacher": under("backbone.", chunked) | {"dino_head.mlp.0.weight": torch.zeros(2, 2)}})
     assert read.weights == load(A).weights
     assert "names of DINOv2's training" in notes(read) and "set aside: dino_head.mlp.0.weight" in notes(read)
-
-
-def facebook_dinov2(folder: Path, chunks: str = "") -> dict[str, torch.Tensor]:
-    """transformers' small DINOv2 as facebook publishes it, by transformers' own table of names, backwards."""
-    tensors = {k: v.clone() for k, v in load_backbone(str(folder)).model.network.state_dict().items()}
-    pairs = [(r"^encoder\.layer\.(\d+)\.", rf"blocks.{chunks}\1."), (r"\.attention\.output\.dense\.", ".attn.proj.")]
-    pairs += [(r"\.layer_scale(\d)\.lambda1$", r".ls\1.gamma"), (r"^layernorm\.", "norm."), (r"^embeddings\.", "")]
-    pairs += [("position_embeddings", "pos_embed"), (r"patch_embeddings\.projection", "patch_embed.proj")]
-    parts = {name for name in tensors if re.search(r"\.(query|key|value)\.", name)}
-    for name in sorted(parts):
-        if ".query." in name:
-            three = [tensors[name.replace(".query.", f".{part}.")] for part in ("query", "key", "value")]
-            tensors[name.replace(".attention.attention.query.", ".attn.qkv.")] = torch.cat(three)
-    own: dict[str, torch.Tensor] = {}
-    for name, tensor in tensors.items():
-        if name not in parts:
-            new = name
-            for pattern, replacement in pairs:
-                new = re.sub(pattern, replacement, new)
-            own[new] = tensor
-    return own
 
 
 @pytest.mark.integration
@@ -257,7 +215,7 @@ def facebook_dinov2(folder: Path, chunks: str = "") -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("chunks", ["", "0."])
 def test_facebooks_own_file_of_dinov2_is_the_same_store_as_the_hubs(registers, chunks, tmp_path):
     folder = save.save_dinov2(tmp_path / "d", registers)
-    content = facebook_dinov2(folder, chunks)
+    content = facebook_names(load_file(folder / "model.safetensors"), chunks)
     assert f"blocks.{chunks}0.ls1.gamma" in content and not any("encoder" in name for name in content)
     read = load(content, str(folder))
     assert key(read) == key(load_backbone(str(folder)))
@@ -267,20 +225,10 @@ def test_facebooks_own_file_of_dinov2_is_the_same_store_as_the_hubs(registers, c
 @pytest.mark.integration
 def test_a_student_and_a_teacher_of_transformers_are_chosen_between(tmp_path):
     first, second = (load_backbone(str(save.save_vit(tmp_path / str(n), seed=n))) for n in (0, 1))
-    published = [
-        {f"vit.{k}": v for k, v in torch.load(file, weights_only=True).items()}
-        for file in map(as_published, (tmp_path / "0", tmp_path / "1"))
-    ]
-    content = under("student.", published[0]) | under("teacher.", published[1])
+    published = [load_file(tmp_path / name / "model.safetensors") for name in "01"]
+    content = under("student.vit.", published[0]) | under("teacher.vit.", published[1])
     assert load(content, str(tmp_path / "0")).weights == second.weights
     assert load(content, str(tmp_path / "0"), ":student").weights == first.weights
-
-
-def as_published(folder: Path) -> Path:
-    from safetensors.torch import load_file
-
-    torch.save(load_file(folder / "model.safetensors"), folder / "w.pt")
-    return folder / "w.pt"
 
 
 # beside the network
@@ -320,26 +268,18 @@ def test_a_fine_tuned_mae_is_the_network_with_the_mean_of_its_patches():
 # what cannot be
 
 
-@pytest.mark.parametrize(
-    ("name", "state_of"),
-    [
-        (VIT, lambda: state()),
-        ("torchvision:resnet18", lambda: models.resnet18().state_dict()),
-    ],
-)
+@pytest.mark.parametrize(("name", "tensors"), [(VIT, A), ("torchvision:resnet18", RESNET18)])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_weights_that_are_not_numbers_are_refused_by_name(name, state_of, value):
-    tensors = state_of()
+def test_weights_that_are_not_numbers_are_refused_by_name(name, tensors, value):
     worst = next(name for name in tensors if name.endswith("weight"))
-    tensors[worst].view(-1)[0] = value
-    torch.save(tensors, "w.pth")
+    torch.save(tensors | {worst: torch.full_like(tensors[worst], value)}, "w.pth")
     refuses(WeightsDoNotFit, rf"NaN or infinite numbers in {re.escape(worst)}", name, weights="w.pth")
 
 
 @pytest.mark.parametrize(
     ("name", "tensors"),
     [
-        ("torchvision:resnet18", lambda: grey(models.resnet18().state_dict(), "conv1.weight")),
+        ("torchvision:resnet18", lambda: RESNET18 | {"conv1.weight": torch.zeros(64, 1, 7, 7)}),
         (VIT, lambda: state(in_chans=1)),
         (RESNET, lambda: state(0, "test_resnet", in_chans=1)),
     ],
@@ -348,10 +288,6 @@ def test_a_network_of_grey_images_is_refused_with_why(name, tensors):
     torch.save(tensors(), "w.pth")
     says = r"images of 1 channel, expected the 3 of RGB: .*--backbone python:MODULE:FACTORY"
     refuses(WeightsDoNotFit, says, name, weights="w.pth")
-
-
-def grey(tensors: dict[str, torch.Tensor], name: str) -> dict[str, torch.Tensor]:
-    return tensors | {name: tensors[name][:, :1].clone()}
 
 
 def test_a_shape_that_differs_otherwise_says_nothing_of_channels():
@@ -365,7 +301,9 @@ def test_where_another_form_would_take_a_file_the_sentence_says_so(tmp_path):
     torch.save(vit, "timm.pth")
     refuses(WeightsDoNotFit, r"--backbone timm:vit_tiny_patch16_224$", str(folder), weights="timm.pth")
     refuses(WeightsDoNotFit, r"--backbone timm:vit_tiny_patch16_224$", "torchvision:vit_b_16", weights="timm.pth")
-    refuses(WeightsDoNotFit, r"names of transformers: try --backbone hf:REPO", VIT, weights=as_published(folder))
+    refuses(
+        WeightsDoNotFit, r"names of transformers: try --backbone hf:REPO", VIT, weights=folder / "model.safetensors"
+    )
 
 
 def test_names_that_no_library_has_suggest_nothing():
@@ -373,16 +311,16 @@ def test_names_that_no_library_has_suggest_nothing():
     assert foreign_names({"blocks.0.attn.qkv.weight": torch.zeros(6, 2)}, "hf").endswith("--backbone timm:NAME")
 
 
-@pytest.mark.parametrize("content", [[1, 2], {1: torch.zeros(1)}, {"a": 1}, {"state_dict": {"x": 1}}])
+@pytest.mark.parametrize(
+    "content", [torch.zeros(3), [1, 2], {1: torch.zeros(1)}, {"a": 1}, {"state_dict": {"x": 1}}], ids=str
+)
 def test_what_holds_no_tensors_is_no_checkpoint(content):
     with pytest.raises(WeightsDoNotFit, match="expected a state dict"):
         select_state_dict(Path("w.pth"), content)
 
 
 def test_hf_hub_names_are_timms(tmp_path, hub):
-    from timm.models import save_for_hf
-
-    save_for_hf(network(), str(tmp_path / "repo"))
+    timm.models.save_for_hf(network(), str(tmp_path / "repo"))
     put_in_cache(hub, tmp_path / "repo", "org/vit")
     keys = {key(load_backbone(f"{form}org/vit")) for form in ("timm:", "hf-hub:", "timm:hf-hub:", "timm:hf_hub:")}
     assert len(keys) == 1

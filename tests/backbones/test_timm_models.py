@@ -4,24 +4,21 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
-from support.backbone_checks import as_rows, assert_same, edit_json, key, outputs, refuses
-from support.pictures import image_folder, picture
+from support.backbone_checks import as_rows, assert_same, edit_json, fed, key, outputs, refuses
+from support.checkpoints import wide
+from support.pictures import picture
 from support.small_hub import put_in_cache
-from torchvision import transforms as T
+from torch import nn
 
-import featurecache
 from featurecache.backbones import describe_backbone, load_backbone
 from featurecache.backbones.base import Backbone
+from featurecache.backbones.timm_models import output_traits
 from featurecache.errors import (
     BadOption,
     OutputRefused,
@@ -30,22 +27,14 @@ from featurecache.errors import (
     WeightsDoNotFit,
     WeightsNotFound,
 )
-from featurecache.images.decoding import decode
 
 timm = pytest.importorskip("timm")
 SMALL_DEIT = {"depth": 2, "embed_dim": 32, "num_heads": 2, "img_size": 64}
 SMALL_SWIN = {"depths": [1, 1], "embed_dim": 16, "num_heads": [2, 2], "img_size": 64, "window_size": 4}
 
 
-def network(name: str, seed: int = 0, **arguments: Any) -> Any:
-    """timm's own, with wide random numbers, so that norms, biases and statistics matter."""
-    made = timm.create_model(name, **arguments).eval().requires_grad_(False)
-    generator = torch.Generator().manual_seed(seed)
-    for name, value in made.state_dict().items():
-        if value.is_floating_point():
-            noise = torch.rand if name.endswith("running_var") else torch.randn
-            value += 0.2 * noise(value.shape, generator=generator)
-    return made
+def network(name: str, **arguments: Any) -> Any:
+    return wide(timm.create_model(name, **arguments))
 
 
 def save(folder: Path, made: Any, **arguments: Any) -> Path:
@@ -141,6 +130,12 @@ def test_a_network_that_gives_a_list_is_refused_by_name():
         describe_backbone("timm:crossvit_9_240")
 
 
+@pytest.mark.parametrize("features", [[torch.zeros(1, 8)], torch.zeros(1, 8)])
+def test_features_that_are_neither_tokens_nor_a_map_are_refused(features):
+    with pytest.raises(OutputRefused, match=r"expected tokens \[B,T,D\] or a map"):
+        output_traits("m", nn.Identity(), features, (8, 8))
+
+
 # what it sees
 
 
@@ -156,35 +151,14 @@ def test_a_network_that_gives_a_list_is_refused_by_name():
 def test_the_data_config_of_the_weights_is_what_timms_transform_does(tmp_path, change):
     folder = with_settings(save(tmp_path / "net", network("test_resnet")), **change)
     backbone = load_backbone(str(folder))
-    settings = timm.data.resolve_data_config(
-        pretrained_cfg=json.loads((folder / "config.json").read_text())["pretrained_cfg"]
-    )
-    real = timm.data.create_transform(**settings)
+    saved = json.loads((folder / "config.json").read_text())["pretrained_cfg"]
+    real = timm.data.create_transform(**timm.data.resolve_data_config(pretrained_cfg=saved))
     for width, height in ((53, 37), (301, 177), (90, 400)):
         image = picture(width, width, height)
-        array = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(height, width, 3).permute(2, 0, 1)
-        made = backbone.preprocess.normalised(backbone.preprocess.resized(array.contiguous())[None])[0]
-        assert torch.allclose(made, real(image), atol=1e-6, rtol=0)
+        assert torch.allclose(fed(backbone, image)[0], real(image), atol=1e-6, rtol=0)
 
 
 CLIPS = {"mean": [0.48, 0.46, 0.41], "std": [0.27, 0.26, 0.28]}
-
-
-def test_a_network_inside_an_open_clip_is_fed_as_its_open_clip_config_says(tmp_path):
-    """BiomedCLIP: timm's network with CLIP's mean and std, which the network's own name does not know."""
-    real = network("test_vit")
-    trunk = {f"visual.trunk.{name}": tensor for name, tensor in real.state_dict().items() if "head" not in name}
-    torch.save({**trunk, "visual.head.proj.weight": torch.ones(2, 2), "logit_scale": torch.ones(1)}, tmp_path / "w.bin")
-    refuses(
-        WeightsDoNotFit, "are open_clip's.*put its open_clip_config.json", "timm:test_vit", weights=tmp_path / "w.bin"
-    )
-    steps = [T.Resize(160, T.InterpolationMode.BICUBIC), T.CenterCrop(160), T.ToTensor(), T.Normalize(**CLIPS)]
-    (tmp_path / "open_clip_config.json").write_text(json.dumps({"preprocess_cfg": CLIPS}))
-    backbone, image = load_backbone("timm:test_vit", weights=str(tmp_path / "w.bin")), picture(1, 301, 177)
-    array = torch.from_numpy(np.array(image)).permute(2, 0, 1)
-    made = backbone.preprocess.normalised(backbone.preprocess.resized(array)[None])
-    assert torch.allclose(made[0], T.Compose(steps)(image), atol=1e-6, rtol=0)
-    assert_same(outputs(backbone, made, "tokens")[0], real.forward_features(made))
 
 
 @pytest.mark.parametrize(
@@ -210,9 +184,18 @@ def test_a_transform_that_does_something_else_is_noticed(monkeypatch):
         describe_backbone("timm:test_resnet")
 
 
-def test_a_border_of_the_mean_is_refused(tmp_path):
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"crop_mode": "border"}, "'border'"),
+        ({"crop_pct": "x"}, "."),
+        ({"mean": "abc"}, "."),
+        ({"interpolation": [1]}, "."),
+    ],
+)
+def test_a_border_of_the_mean_and_settings_that_are_none_are_refused(change, says, tmp_path):
     folder = save(tmp_path / "net", network("test_resnet"))
-    refuses(PreprocessingRefused, "'border'", with_settings(folder, crop_mode="border"))
+    refuses(PreprocessingRefused, says, with_settings(folder, **change))
 
 
 def test_another_image_size_is_timms_own_network_and_transform_for_it(tmp_path):
@@ -238,18 +221,10 @@ def as_file(path: Path, state: dict[str, Any]) -> str:
     return str(path)
 
 
-WRAPPED: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
-    "behind a name": lambda state: {"net.encoder." + key: value for key, value in state.items()},
-    "without classifier": lambda state: {key: value for key, value in state.items() if not key.startswith("head.")},
-    "of seven classes": lambda state: state | {"head.weight": torch.zeros(7, 64), "head.bias": torch.zeros(7)},
-}
-
-
-@pytest.mark.parametrize("how", WRAPPED)
-def test_a_checkpoint_of_ones_own_is_read_as_training_scripts_write_it(tmp_path, how):
+def test_a_checkpoint_of_other_classes_is_the_same_backbone(tmp_path):
     real = network("test_vit")
-    file = as_file(tmp_path / "best.pt", WRAPPED[how](real.state_dict()))
-    backbone = load_backbone("timm:test_vit", weights=file)
+    classifier = {"head.weight": torch.zeros(7, 64), "head.bias": torch.zeros(7)}
+    backbone = load_backbone("timm:test_vit", weights=as_file(tmp_path / "best.pt", real.state_dict() | classifier))
     x = pixels(backbone)
     assert torch.equal(outputs(backbone, x, "tokens")[0], real.forward_features(x))
     assert backbone.weights == load_backbone(str(save(tmp_path / "vit", real))).weights
@@ -276,7 +251,7 @@ def test_without_hub_and_weights_the_ways_out_are_said(hub):
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        (lambda state: {key: value for key, value in state.items() if key != "norm.weight"}, "norm.weight"),
+        (lambda state: {k: v for k, v in state.items() if "blocks.5" not in k}, r"Missing key\(s\).*blocks.5"),
         (lambda state: state | {"more": torch.zeros(1)}, "more"),
         (lambda state: state | {"pos_embed": torch.zeros(1, 197, 64)}, "images of another size .* --image-size"),
         (lambda state: {"other." + key: torch.zeros(3) for key in "abc"}, "are not of timm's test_vit"),
@@ -298,26 +273,17 @@ def test_code_in_weights_is_not_run_and_settings_lead_nowhere(tmp_path):
     refuses(WeightsDoNotFit, "code in files is never run", str(folder))
 
 
-def test_untrained_weights_are_those_of_the_seed_and_need_no_hub():
-    first, second, third = (load_backbone("timm:test_vit", random_weights=True, seed=seed) for seed in (1, 1, 2))
-    x = pixels(first)
-    a, b, c = (outputs(each, x, "tokens")[0] for each in (first, second, third))
-    assert torch.equal(a, b) and not torch.equal(a, c) and first.weights == {"random_seed": 1}
-
-
 # names
 
 
-@pytest.mark.parametrize(
-    ("name", "says"),
-    [
-        ("timm:vit_base_patch16_22", 'timm has no model "vit_base_patch16_22". Near: vit_base_patch16_224'),
-        ("timm:test_vit.nonsense", 'timm has no weights "nonsense" of test_vit; there are r160_in1k'),
-        ("timm:./nowhere", 'there is no folder "./nowhere"; expected one with a config.json as timm writes it'),
-    ],
-)
-def test_names_that_are_nearly_right_are_answered(name, says):
-    refuses(UnknownBackbone, re.escape(says), name)
+def test_sizes_names_and_folders_that_cannot_be_are_refused(tmp_path):
+    refuses(BadOption, "--image-size 0 is no size", "timm:test_vit", random_weights=True, image_size=0)
+    trained = {name.partition(".")[0] for name in timm.list_models(pretrained=True)}
+    bare = next(name for name in timm.list_models() if name not in trained)
+    refuses(WeightsNotFound, "was published without weights", f"timm:{bare}")
+    refuses(UnknownBackbone, "has no config.json as timm writes it", f"timm:{tmp_path}")
+    (tmp_path / "config.json").write_text('{"architecture": "test_vit", "pretrained_cfg": 3}')
+    refuses(WeightsDoNotFit, "a record is expected", tmp_path)
 
 
 def test_weights_of_another_architecture_are_named(tmp_path):
@@ -332,28 +298,3 @@ def test_a_missing_package_is_one_line(monkeypatch):
     with pytest.raises(BadOption, match=r"pip install 'featurecache\[timm\]'") as error:
         describe_backbone("timm-vit-base")
     assert "\n" not in str(error.value)
-
-
-@pytest.mark.slow
-def test_images_go_through_it_into_a_view_that_computes_the_same_again(tmp_path):
-    folder, data = save(tmp_path / "vit", network("test_vit")), image_folder(tmp_path / "data", 6)
-    result = featurecache.extract(
-        data, backbone=str(folder), outputs="cls,mean,tokens@-2", cache=tmp_path / "c", workers=1
-    )
-    view = featurecache.open_view(result.view)
-    real, backbone = timm.create_model("test_vit").eval(), load_backbone(str(folder))
-    real.load_state_dict(load_file(folder / "model.safetensors"))
-    image = backbone.preprocess.resized(decode((data / view.ids[2]).read_bytes()))
-    with torch.no_grad():
-        expected = real.forward_features(backbone.preprocess.normalised(image[None]))
-    assert torch.allclose(view.tensor("cls", [2]).float(), expected[:, 0], rtol=2e-3, atol=2e-3)
-    images = [(data / name).read_bytes() for name in view.ids]
-    rows, _ = featurecache.compute(images, like=view, output="cls")
-    assert torch.equal(rows, view.tensor("cls"))
-    assert view.provenance["parameters"] == backbone.parameters == sum(p.numel() for p in real.parameters()) - 65_000
-
-
-def test_a_safetensors_file_of_part_of_a_network_says_what_is_missing(tmp_path):
-    state = {key: value.clone() for key, value in network("test_vit").state_dict().items() if "blocks.5" not in key}
-    save_file(state, tmp_path / "part.safetensors")
-    refuses(WeightsDoNotFit, r"Missing key\(s\).*blocks.5", "timm:test_vit", weights=str(tmp_path / "part.safetensors"))

@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
@@ -73,24 +74,20 @@ def test_a_measured_tower_under_any_names_is_one_store(kind, memory, names, tmp_
 # our own mistakes
 
 
-@pytest.mark.parametrize("function", ["_positions", "_parts", "plain_config", "weights_identity", "published_tensors"])
+OURS = dict.fromkeys(
+    ("_positions", "_parts", "plain_config", "weights_identity", "published_tensors"), transformers_models
+)
+OURS |= dict.fromkeys(("output_traits", "network_identity"), timm_models)
+
+
+@pytest.mark.parametrize("function", OURS)
 def test_a_mistake_of_ours_is_no_sentence_about_the_checkpoint(function, tmp_path, monkeypatch):
-    def mistaken(*_, **__):
-        return {}["ours"]
-
-    folder = save_tiny(tmp_path, "swin")
-    monkeypatch.setattr(transformers_models, function, mistaken)
-    with pytest.raises(KeyError, match="ours") as error:
-        load_backbone(str(folder))
-    assert not isinstance(error.value, FeatureCacheError)
-
-
-@pytest.mark.parametrize("function", ["output_traits", "network_identity"])
-def test_a_mistake_of_ours_is_no_sentence_about_a_network_of_timm(function, tmp_path, monkeypatch):
-    timm = pytest.importorskip("timm")
-    timm.models.save_for_hf(timm.create_model("test_vit"), tmp_path, safe_serialization=True)
-    edit_json(tmp_path / "config.json", model_args={"global_pool": "token"})
-    monkeypatch.setattr(timm_models, function, lambda *_: {}["ours"])
+    if OURS[function] is timm_models:
+        timm.models.save_for_hf(timm.create_model("test_vit"), tmp_path, safe_serialization=True)
+        edit_json(tmp_path / "config.json", model_args={"global_pool": "token"})
+    else:
+        save_tiny(tmp_path, "swin")
+    monkeypatch.setattr(OURS[function], function, lambda *_, **__: {}["ours"])
     with pytest.raises(KeyError, match="ours") as error:
         load_backbone(str(tmp_path))
     assert not isinstance(error.value, FeatureCacheError)

@@ -18,7 +18,7 @@ from support.command import call
 
 import cli
 from featurecache.commands.terminal import CommandGroup, Console, command
-from featurecache.formatting import cell, harmless, one_line, shell_words, text_of
+from featurecache.formatting import cell, harmless, join_names, names_in, one_line, shell_words, text_of
 
 # ---------------------------------------------------------------------------------------------- terminals
 
@@ -94,6 +94,11 @@ def test_other_cells_stay_as_they_are(text) -> None:  # type: ignore[no-untyped-
 def test_whatever_was_written_comes_back(text: str) -> None:
     assert text_of(cell(text)) == text
     assert cell(text)[:1] not in tuple("=@＝＋－＠\t\r\n")
+
+
+@pytest.mark.parametrize("names", [["a", "b"], ["mild, left", 'a"b', "c"], ["\u00fc"]])
+def test_names_with_commas_and_quotes_survive_an_option(names):
+    assert names_in(join_names(names)) == names
 
 
 @pytest.mark.integration

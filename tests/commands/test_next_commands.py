@@ -23,7 +23,8 @@ SESSION = (
     f"extract {VIT} --data chest --limit 40 --copies 1 --augment flip", "ls", "info",
     "info vit-demo/chest", "info --backbone vit-demo", "info --head large", "info --head cnn-cifar", "leaks chest",
     "train-head --head linear --epochs 2 --features chest", "train-head --head large --epochs 2 --features chest",
-    "train-baseline --arch cnn-cifar --data chest --epochs 1", "ablate --heads linear,ridge --epochs 2 --dry-run",
+    "train-baseline --arch cnn-cifar --data chest --epochs 1",
+    "ablate --heads linear,ridge --epochs 2 --no-controls --dry-run",
     "train-baseline --arch finetune:vit-demo --random-weights --data chest --epochs 1 --image-size 32",
     "ablate --heads linear,ridge --epochs 2 --out runs/sweep", "info runs/chest-linear-1", "report runs/chest-linear-1",
     "report runs/sweep", "report runs/chest-linear-1 runs/chest-large-1",
@@ -49,11 +50,7 @@ def test_every_next_command_runs_and_so_do_those_that_it_prints(tmp_path: Path, 
     np.savez(tmp_path / "own.npz", features=features, labels=labels, ids=np.arange(60).astype(str))
     (tmp_path / "other").mkdir()
     run(["extract", *shlex.split(VIT), "--data", "chest", "--cache", "other/cache", "--name", "there"])
-    todo, done, without = (
-        [shlex.split(line) for line in SESSION],
-        set(),
-        set(),
-    )
+    todo, done, without = [shlex.split(line) for line in SESSION], set(), set()
     while todo:
         words = todo.pop(0)
         for line in NEXT.findall(run(words)):

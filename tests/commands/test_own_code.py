@@ -63,10 +63,7 @@ def test_with_debug_the_traceback_is_shown(here, features):
 
 @pytest.mark.parametrize(
     ("text", "said"),
-    [
-        ("import nowhere_at_all", "mine.py, line 1: ModuleNotFoundError"),
-        ("class Own(:", "SyntaxError"),
-    ],
+    [("import nowhere_at_all", "mine.py, line 1: ModuleNotFoundError"), ("class Own(:", "SyntaxError")],
 )
 def test_a_module_that_cannot_be_imported_says_where(here, features, text, said):
     (here / "mine.py").write_text(text)

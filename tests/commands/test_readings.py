@@ -13,11 +13,10 @@ from click.testing import CliRunner
 from support.command import call
 from support.small_sets import listed, pictures, table
 
-import cli
 from featurecache.commands import terminal
 from featurecache.errors import Reading, SeveralReadings
-from featurecache.formatting import join_names, names_in
 
+pytestmark = pytest.mark.integration
 WORDS = ("extract", "--backbone", "vit-demo", "--random-weights", "--dry-run", "--json", "--data", "scans")
 
 
@@ -25,25 +24,6 @@ WORDS = ("extract", "--backbone", "vit-demo", "--random-weights", "--dry-run", "
 def scans(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     pictures(tmp_path / "scans", "CT/lung/1.png", "CT/liver/2.png", "MR/lung/3.png")
-
-
-@pytest.mark.integration
-def test_elsewhere_both_commands_are_said_and_the_code_is_2(scans):
-    result = call(*WORDS)
-    assert result.exit_code == 2 and "may be CT, MR or, below these, liver, lung" in result.stderr
-    typed = "featurecache extract --backbone vit-demo --data scans --random-weights --dry-run --classes-at"
-    assert [f"the classes are {names}: {typed} {level}" in result.stderr
-            for names, level in (("CT, MR", 1), ("liver, lung", 2))] == [True, True]  # fmt: skip
-
-
-@pytest.mark.integration
-@pytest.mark.parametrize(("answer", "classes"), [("1", ["CT", "MR"]), ("2", ["liver", "lung"]), ("", None)])
-def test_at_a_terminal_it_asks_which_and_takes_none_by_default(scans, monkeypatch, answer, classes):
-    monkeypatch.setattr(terminal, "is_terminal", lambda: True)
-    result = CliRunner().invoke(cli.main, WORDS, input=f"{answer}\n")
-    assert "  2  the classes are liver, lung" in result.stderr
-    assert result.exit_code == (0 if classes else 2)
-    assert not classes or json.loads(result.stdout)["data"]["classes"] == classes
 
 
 @dataclass(frozen=True)
@@ -68,6 +48,15 @@ AGES = rows(label=[20.5 + k for k in range(12)], sex=["f", "m"] * 6, site=[*rang
 CAPTIONS = rows(label=[f"a film of {k}" for k in range(12)], note=["x", "y", "x"] * 4)
 NUMBERS, FILMS = [f"{20.5 + k}" for k in range(12)], [f"a film of {k}" for k in range(12)]
 QUESTIONS = {
+    "levels of folders": Question(
+        ("CT/lung/1.png", "CT/liver/2.png", "MR/lung/3.png"),
+        {"1": ("binary", ["CT", "MR"]), "2": ("binary", ["liver", "lung"])},
+        ("extract --backbone vit-demo --data t --random-weights --dry-run --classes-at 1", "--classes-at 2"),
+    ),
+    "pairs": Question(
+        ("left/1.png", "right/1.png"), {"1": ("binary", ["left", "right"]), "2": ("unlabelled", [])},
+        ("--classes-at 1", "/t/left --random-weights"),
+    ),
     "findings in one cell": Question(
         "path,finding\na.png,mass;cyst\nb.png,nodule;cyst\nc.png,nodule;mass\n",
         {"1": ("multiclass", ["mass;cyst", "nodule;cyst", "nodule;mass"]),
@@ -145,7 +134,6 @@ def given(folder: Path, question: Question) -> tuple[str, ...]:
     return (*WORDS[:-1], "t/list.csv" if isinstance(question.data, str) else "t", *question.typed)
 
 
-@pytest.mark.integration
 @pytest.mark.parametrize("question", QUESTIONS.values(), ids=QUESTIONS)
 def test_each_answer_is_what_its_option_says(tmp_path, monkeypatch, question):
     monkeypatch.chdir(tmp_path)
@@ -157,7 +145,7 @@ def test_each_answer_is_what_its_option_says(tmp_path, monkeypatch, question):
     assert all(option in f"{line} " for option, line in zip(question.options, typed, strict=True))
     monkeypatch.setattr(terminal, "is_terminal", lambda: True)
     for (answer, made), command in zip(question.answers.items(), typed, strict=True):
-        asked = CliRunner().invoke(cli.main, words, input=f"{answer}\n")
+        asked = call(*words, typed=f"{answer}\n")
         pasted = call(*shlex.split(command), "--json")
         for result in (asked, pasted):
             record = json.loads(result.stdout)["data"]
@@ -165,7 +153,6 @@ def test_each_answer_is_what_its_option_says(tmp_path, monkeypatch, question):
         assert "which" not in pasted.stderr and asked.exit_code == pasted.exit_code == 0
 
 
-@pytest.mark.integration
 @pytest.mark.parametrize("question", QUESTIONS.values(), ids=QUESTIONS)
 @pytest.mark.parametrize("answer", ["\n", "none\n", "9\nnone\n"])
 def test_no_answer_ends_with_the_sentence_and_what_to_type(tmp_path, monkeypatch, question, answer):
@@ -173,11 +160,10 @@ def test_no_answer_ends_with_the_sentence_and_what_to_type(tmp_path, monkeypatch
     words = given(tmp_path, question)
     alone = call(*words)
     monkeypatch.setattr(terminal, "is_terminal", lambda: True)
-    result = CliRunner().invoke(cli.main, words, input=answer)
+    result = call(*words, typed=answer)
     assert (result.exit_code, result.stdout) == (2, "") and result.stderr.endswith(alone.stderr)
 
 
-@pytest.mark.integration
 @pytest.mark.parametrize("ended", [EOFError, KeyboardInterrupt])
 def test_the_end_of_the_input_and_ctrl_c_stop_and_write_nothing(scans, monkeypatch, tmp_path, ended):
     def read(*_: object) -> str:
@@ -189,20 +175,18 @@ def test_the_end_of_the_input_and_ctrl_c_stop_and_write_nothing(scans, monkeypat
     assert (result.exit_code, result.stderr.splitlines()[-1]) == (1, "stopped.") and not (tmp_path / "new").exists()
 
 
-@pytest.mark.integration
 def test_an_answer_is_in_the_command_that_comes_next_and_in_further_questions(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(terminal, "is_terminal", lambda: True)
     listed(tmp_path / "t", rows(label=["a", "A", "b"], finding=["x", "y", "z"]))
     words = (*WORDS[:-3], "--data", "t/list.csv")
-    result = CliRunner().invoke(cli.main, words, input="1\n2\n")
+    result = call(*words, typed="1\n2\n")
     typed = "featurecache extract --backbone vit-demo --data t/list.csv --random-weights --column label=label"
     assert f"next       {typed} --letter-case keep\n" in result.stderr
-    result = CliRunner().invoke(cli.main, words, input="1\nnone\n")
+    result = call(*words, typed="1\nnone\n")
     assert result.exit_code == 2 and f"{typed} --dry-run --letter-case keep\n" in result.stderr
 
 
-@pytest.mark.integration
 def test_an_import_asks_too(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     np.savez("two.npz", left=np.ones((4, 3), np.float32), right=np.zeros((4, 2), np.float32), y=np.array([*"aAbb"]))
@@ -211,11 +195,10 @@ def test_an_import_asks_too(tmp_path, monkeypatch):
     alone = call(*words)
     assert alone.exit_code == 2 and "--cache c --features-key right\n" in alone.stderr
     monkeypatch.setattr(terminal, "is_terminal", lambda: True)
-    result = CliRunner().invoke(cli.main, (*words, "--json"), input="2\n1\n")
+    result = call(*words, "--json", typed="2\n1\n")
     assert json.loads(result.stdout)["classes"] == ["a", "b"]
 
 
-@pytest.mark.integration
 def test_a_command_without_the_options_does_not_ask(scans, monkeypatch):
     """`predict` has no --classes-at, and needs none."""
     monkeypatch.setattr(terminal, "is_terminal", lambda: True)
@@ -228,19 +211,6 @@ def test_a_command_without_the_options_does_not_ask(scans, monkeypatch):
     assert result.exit_code == 2 and "which" not in result.stderr
 
 
-@pytest.mark.integration
-@pytest.mark.parametrize(("answer", "classes", "images"), [("1", ["left", "right"], 2), ("2", [], 1)])
-def test_at_a_terminal_a_reading_may_be_other_data(tmp_path, monkeypatch, answer, classes, images):
-    monkeypatch.setattr(terminal, "is_terminal", lambda: True)
-    data = pictures(tmp_path / "stereo", "left/1.png", "right/1.png")
-    result = CliRunner().invoke(cli.main, (*WORDS[:-1], str(data)), input=f"{answer}\n")
-    record = json.loads(result.stdout)["data"]
-    assert (record["classes"], record["images"]) == (classes, images)
-    monkeypatch.undo()
-    assert f"left alone: featurecache extract --backbone vit-demo --data {data}/left" in call(*WORDS[:-1], data).stderr
-
-
-@pytest.mark.integration
 def test_what_was_understood_is_said_before_anything_is_computed(scans):
     result = call(*WORDS[:-3], "--data", "scans", "--classes-at", "2", "--order", "lung,liver")
     assert "understood level 1 not used (CT, MR); classes from level 2 of the folders (liver, lung)" in result.stdout
@@ -249,14 +219,8 @@ def test_what_was_understood_is_said_before_anything_is_computed(scans):
     assert (record["source"]["order"], record["data"]["classes"]) == (["lung", "liver"], ["lung", "liver"])
 
 
-@pytest.mark.integration
 def test_a_baseline_says_how_its_images_were_read_and_refuses_words_about_none(scans):
     result = call("train-baseline", "--arch", "cnn-cifar", "--order", "a,b")
     assert result.exit_code == 2 and "--order says how --data is read; give --data too" in result.stderr
     result = call("train-baseline", "--arch", "cnn-cifar", "--data", "scans", "--classes-at", "1", "--epochs", "1")
     assert "understood classes from level 1 of the folders (CT, MR)" in result.stderr
-
-
-@pytest.mark.parametrize("names", [["a", "b"], ["mild, left", 'a"b', "c"], ["\u00fc"]])
-def test_names_with_commas_and_quotes_survive_an_option(names):
-    assert names_in(join_names(names)) == names

@@ -16,7 +16,6 @@ from pathlib import Path
 
 import click
 import pytest
-from click.testing import CliRunner
 from hypothesis import example, given
 from hypothesis import strategies as st
 from support.command import call
@@ -99,12 +98,8 @@ def _narrow():
 def test_a_table_folds_its_header_or_its_text_or_else_puts_columns_below_each_other(rows, right, count):
     lines = aligned(rows, right)
     assert max(map(len, lines)) <= 80 and len(lines) == count, "\n".join(lines)
-    assert sorted(" ".join(lines).split()) == sorted(" ".join([*map(" ".join, rows), *again(rows, lines)]).split())
-
-
-def again(rows, lines):
-    """The first cells, which each part of a table has."""
-    return [row[0] for row in rows] * lines.count("")
+    again = [row[0] for row in rows] * lines.count("")  # the first cells, which each part of a table has
+    assert sorted(" ".join(lines).split()) == sorted(" ".join([*map(" ".join, rows), *again]).split())
 
 
 @pytest.mark.usefixtures("_narrow")
@@ -146,7 +141,7 @@ def test_a_session_at_a_terminal_breaks_no_word_and_no_line(width, tmp_path: Pat
         "study medical-mnist --quick --dry-run",
     ]  # fmt: skip
     for command in session:
-        result = CliRunner().invoke(cli.main, shlex.split(command))
+        result = call(*shlex.split(command))
         assert result.exit_code == 0, result.output
         for line in result.output.splitlines():
             text = line.strip()

@@ -18,7 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import featurecache
 import heads
 from featurecache import arithmetic
-from featurecache.arithmetic import exact_arithmetic
+from featurecache.arithmetic import exact_arithmetic, onednn_gain, onednn_is_exact
 from featurecache.extraction.canary import StoreBackbone
 from featurecache.extraction.run import Extraction
 from featurecache.store.view import View
@@ -150,3 +150,15 @@ def test_every_public_function_that_computes_runs_in_it() -> None:
     assert {name for name, each in public.items() if not is_exact(each)} == NO_TORCH
     methods = (Extraction.run, Extraction.estimate, StoreBackbone.__init__, StoreBackbone.rows, View.tensor, Run.logits)
     assert all(map(is_exact, (*methods, vars(Run)["model"].func)))
+
+
+def test_products_that_are_no_float32_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a CPU with AMX computes them."""
+    linear = torch.nn.functional.linear
+
+    def rounded(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        return linear(a, b) if a.dtype == torch.float64 else linear(a.bfloat16(), b.bfloat16()).float()
+
+    monkeypatch.setattr(torch.nn.functional, "linear", rounded)
+    monkeypatch.setattr(arithmetic, "onednn_is_exact", onednn_is_exact.__wrapped__)
+    assert not onednn_is_exact.__wrapped__() and onednn_gain.__wrapped__() == 0

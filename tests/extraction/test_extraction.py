@@ -175,7 +175,10 @@ def test_decode_workers_and_their_order_do_not_change_a_byte(tmp_path, monkeypat
     assert shaken.ids.tolist() == plain.ids.tolist()
 
 
-def test_every_forward_pass_has_exactly_the_stores_batch_size(tmp_path: Path, monkeypatch, images: Path) -> None:  # type: ignore[no-untyped-def]
+def test_every_forward_pass_has_the_stores_batch_size_where_a_row_alone_has_other_bits(  # type: ignore[no-untyped-def]
+    tmp_path: Path, monkeypatch, images: Path
+) -> None:
+    monkeypatch.setattr(extraction_run.ForwardRunner, "_rows_are_independent", lambda *_: False)
     seen, forward = [], Backbone.forward
     monkeypatch.setattr(Backbone, "forward", lambda self, x, want: seen.append(len(x)) or forward(self, x, want))
     view = run(images, save_vit(tmp_path / "vit"), tmp_path / "c", batch_size=4, outputs="cls")

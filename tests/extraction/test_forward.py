@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import shutil
 import subprocess
 import sys
 import time
@@ -19,8 +20,6 @@ from support.pictures import image_folder, save_picture
 from support.plant import flip
 
 import featurecache
-from featurecache import arithmetic
-from featurecache.arithmetic import onednn_gain, onednn_is_exact
 from featurecache.backbones import load_backbone
 from featurecache.errors import BadOption, CacheError, ForwardUnavailable
 from featurecache.extraction import choose_forward, forward, openvino_graph, plan
@@ -45,7 +44,7 @@ def home(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
 @pytest.fixture
 def long_jobs(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every job is long enough to measure for."""
-    monkeypatch.setattr(choose_forward, "LONG", 0.0)
+    monkeypatch.setitem(choose_forward.LONG, "cpu", 0.0)
     monkeypatch.setattr(choose_forward, "SHORT", -1e9)
     monkeypatch.setattr(choose_forward, "PROBED", 0)
 
@@ -106,6 +105,25 @@ class Request:
         self.running, self.interrupts = False, self.interrupts - 1
         if self.interrupts == 0:
             raise KeyboardInterrupt
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+def test_compiled_kernels_give_the_features_of_the_library(home: Path) -> None:
+    library, compiled = (extract(home, way, way, dtype="float32") for way in ("library", "compiled"))
+    assert plan_of(compiled)["forward"] == "compiled" and 0 < apart(compiled, library) < 1e-5
+    save_picture(home / "data" / "ill" / "new.png", 99)
+    assert len(extract(home, cache="compiled", dtype="float32")) == 12
+
+
+def test_a_network_that_does_not_compile_is_computed_by_its_library(home: Path, monkeypatch) -> None:  # type: ignore[no-untyped-def]
+    monkeypatch.setattr(torch, "compile", lambda *_, **__: lambda *_: (_ for _ in ()).throw(OSError("no compiler")))
+    with pytest.raises(BadOption, match=r"--forward compiled: torch.compile cannot compile .*no compiler"):
+        extract(home, "compiled")
+    setting = choose_forward.ForwardSetting(
+        load_backbone(str(home / "net")), "bf16", torch.device("cuda"), 64, 2, ("tokens",), 10**6
+    )
+    assert setting.ways() == ["library", "compiled"]
 
 
 def test_an_interrupted_graph_leaves_no_stream_running() -> None:
@@ -187,8 +205,8 @@ def test_a_long_job_measures_and_computes_nothing_twice(home: Path, monkeypatch,
     view = featurecache.open_view(prepared.run().view)
     chosen = plan_of(view)
     assert {"library", "openvino"} <= chosen["candidates"].keys() and chosen["forward"] == prepared.choice.way
-    again = chosen["forward"] == "openvino"  # whose first pass makes its kernels
-    assert passes.count(f"{chosen['forward']}fp32") == 4 + again  # the probes, and 11 images in batches of 4
+    graph = chosen["forward"] == "openvino"  # whose first pass makes its kernels; and a look at three images alone
+    assert passes.count(f"{chosen['forward']}fp32") == 4 + 2 * graph  # the probes, and 11 images in batches of 4
     assert plan_of(extract(home, cache="b"))["candidates"] == chosen["candidates"]  # this machine remembers
 
 
@@ -347,18 +365,6 @@ def test_a_store_whose_batch_does_not_fit_the_device_says_so(home: Path, monkeyp
     monkeypatch.setattr(ForwardRunner, "parts_of", lambda *_: (_ for _ in ()).throw(RuntimeError("a mistake")))
     with pytest.raises(RuntimeError, match="a mistake"):
         extract(home, "library", "c")
-
-
-def test_products_that_are_no_float32_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As a CPU with AMX computes them."""
-    linear = torch.nn.functional.linear
-
-    def rounded(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-        return linear(a, b) if a.dtype == torch.float64 else linear(a.bfloat16(), b.bfloat16()).float()
-
-    monkeypatch.setattr(torch.nn.functional, "linear", rounded)
-    monkeypatch.setattr(arithmetic, "onednn_is_exact", onednn_is_exact.__wrapped__)
-    assert not onednn_is_exact.__wrapped__() and onednn_gain.__wrapped__() == 0
 
 
 @pytest.mark.parametrize(

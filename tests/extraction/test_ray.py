@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import tarfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -40,13 +41,22 @@ TESTS = Path(__file__).parents[1]
 pytest.importorskip("ray", reason="Ray is not installed: pip install ray")
 
 
+@contextmanager
+def own_sigterm() -> Iterator[None]:
+    """Ray's nodes leave a handler behind that ends the process."""
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, before)
+
+
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Any]:
     """A cluster of one node with two cores, and this process as its driver."""
     import ray
     from ray.cluster_utils import Cluster
 
-    with pytest.MonkeyPatch.context() as patch:  # of its processes: modules of the tests, no report to Ray's makers
+    # of its processes: modules of the tests, no report to Ray's makers
+    with own_sigterm(), pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
         patch.setenv("PYTHONPATH", os.pathsep.join([str(TESTS), str(TESTS.parent)]))
         cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "object_store_memory": 100 << 20})
@@ -62,7 +72,8 @@ def one_thread(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     monkeypatch.setattr(store, "SHARD_ROWS", 2)
-    yield
+    with own_sigterm():
+        yield
     torch.set_num_threads(before)
 
 
@@ -82,11 +93,13 @@ def test_two_actors_write_the_bytes_of_one_process_though_one_is_killed(cluster:
 
 
 @contextmanager
-def driver(cluster: Any, *options: str, rows: int = 2, cache: str = "c") -> Iterator[subprocess.Popen[bytes]]:
+def driver(
+    cluster: Any, *options: str, rows: int = 2, cache: str = "c", data: str = "data"
+) -> Iterator[subprocess.Popen[bytes]]:
     """The command in a process of its own, in shards of ``rows`` images; what it prints is in the file ``said``."""
     code = f"from featurecache.store import store; store.SHARD_ROWS = {rows}; import cli; cli.main()"
     words = ["--backbone", BACKBONE["backbone"], "--random-weights", "--outputs", "gap", "--batch-size", "2"]
-    command = [sys.executable, "-c", code, "extract", "--data", "data", *words, "--cache", cache, "--engine", "ray"]
+    command = [sys.executable, "-c", code, "extract", "--data", data, *words, "--cache", cache, "--engine", "ray"]
     environment = {**os.environ, "PYTHONPATH": str(TESTS.parent), "OMP_NUM_THREADS": "1"}
     with open("said", "w") as said:
         running = subprocess.Popen(
@@ -109,7 +122,7 @@ def test_a_killed_driver_is_started_again_and_its_shards_are_kept(cluster: Any, 
     committed = shard_bytes("c")
     assert 1 < len(committed) < 12
     with driver(cluster) as running:
-        assert running.wait() == 0
+        assert running.wait() == 0, Path("said").read_text()
     assert f"{24 - 2 * len(committed)} computed in" in Path("said").read_text()
     assert committed.items() <= shard_bytes("c").items() and list(Path("c").rglob("*.tmp")) == []
 
@@ -141,29 +154,40 @@ def test_a_node_that_joins_computes_too_and_one_that_leaves_ends_nothing(cluster
         wait_until(lambda: len(computed_by() - {running.pid}) == 3)
         cluster.remove_node(node, allow_graceful=False)
         Path("seconds").write_text("0")
-        assert running.wait() == 0
+        assert running.wait() == 0, Path("said").read_text()
     assert "120 images, 120 computed in" in Path("said").read_text()
     assert len(featurecache.open_view("data", "c").tensor("gap")) == 120
 
 
 @pytest.mark.slow
-def test_nodes_with_mirrors_of_their_own_fill_a_cache_in_object_storage(here: Path, server: Server) -> None:
+@pytest.mark.parametrize("data", ["data", "s3://bucket/pictures", "s3://bucket/list.csv", "s3://bucket/set.tar"])
+def test_nodes_with_mirrors_of_their_own_fill_a_cache_in_object_storage(here: Path, server: Server, data: str) -> None:
     """The actors see another state folder than the driver, as on another machine."""
     from ray.cluster_utils import Cluster
 
     write_slow_net(0)
     one = featurecache.extract(image_folder(here / "data", 14), cache="one", **BACKBONE)
+    names = [str(path.relative_to("data")) for path in sorted(Path("data").rglob("*.png"))]
+    with tarfile.open("set.tar", "w") as tar:
+        for name in names:
+            server.write(f"pictures/{name}", Path("data", name).read_bytes())
+            tar.add(Path("data", name), name)
+    server.write("list.csv", "\n".join(["path", *(f"pictures/{name}" for name in names)]).encode())
+    server.write("set.tar", Path("set.tar").read_bytes())
     with machine("node"), pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", os.pathsep.join([str(TESTS), str(TESTS.parent)]))
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
         nodes = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "object_store_memory": 100 << 20})
         mirrors = Path(os.environ["FEATURECACHE_STATE"]) / "remote"
     try:
-        with driver(nodes, cache=server.address) as running:
+        with driver(nodes, "--name", "data", cache=server.address, data=data) as running:
             assert running.wait() == 0, Path("said").read_text()
     finally:
         nodes.shutdown()
     assert "14 computed in" in Path("said").read_text() and len(list(mirrors.glob("*/main/*/gap/*.h5"))) == 7
+    if data != "data":  # what the actors read, and nothing else, lies in the mirror of their machine
+        fetched = [path for path in mirrors.rglob("*") if path.suffix in (".png", ".tar") and path.stat().st_mtime_ns]
+        assert len(fetched) == (1 if data.endswith(".tar") else 14)
     assert verify(copied(server, here / "copy")).damages == ()
     there = featurecache.open_view("data", server.address)
     assert torch.equal(there.tensor("gap"), featurecache.open_view(one.view).tensor("gap"))

@@ -13,7 +13,7 @@ from support.caches import Killed
 from support.checkpoints import save_vit
 from support.command import call
 from support.forks import Forks
-from support.object_storage import DENIED, Answer, Server, copied, killing, machine
+from support.object_storage import DENIED, Answer, Server, copied, killed_at_upload, machine
 from support.pictures import image_folder
 from support.worker_nets import wait_until
 
@@ -21,7 +21,6 @@ import featurecache
 from featurecache.errors import CacheError, Stopped, StorageError
 from featurecache.extraction import plan, run
 from featurecache.extraction.forward import ForwardRunner
-from featurecache.files import storage
 from featurecache.maintenance.verify import verify
 from featurecache.store import store as store_module
 from featurecache.store.store import Store, cache_folder, stores
@@ -90,7 +89,7 @@ def test_the_same_images_on_two_machines_are_rows_of_the_first(server, home, tmp
     assert verify(cache).damages == () and len(list(cache.glob("*/cls/*.h5"))) == 1
 
 
-def test_killed_before_or_behind_any_upload_the_same_command_goes_on(server, home, tmp_path, monkeypatch):
+def test_killed_before_or_behind_any_upload_the_same_command_goes_on(server, home, tmp_path):
     whole = extract(home, tmp_path / "alone", batch_size=4)
     for where in ("before", "behind"):
         step, killed = 0, True
@@ -98,12 +97,11 @@ def test_killed_before_or_behind_any_upload_the_same_command_goes_on(server, hom
             step, killed = step + 1, False
             server.empty()
             with machine(f"{where}{step}"):
-                with monkeypatch.context() as patch:
-                    patch.setattr(storage, "file_system", killing(step, where))
-                    try:
+                try:
+                    with killed_at_upload(step, where):
                         extract(home, server.address, batch_size=4)
-                    except Killed:
-                        killed = True
+                except Killed:
+                    killed = True
                 cache = copied(server, tmp_path / "copy")
                 seen = [View(path) for store in stores(cache) for path in store.views()] if cache.exists() else []
                 assert not cache.exists() or verify(cache).damages == (), (where, step)

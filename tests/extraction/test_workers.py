@@ -363,7 +363,7 @@ def test_a_device_that_is_full_halfway_costs_nothing(here: Path, monkeypatch: py
         return call(*words, **options)
 
     monkeypatch.setattr(ForwardRunner, "__call__", full)
-    monkeypatch.setattr(pipeline, "push_shard", lambda path: time.sleep(0.5))  # the writer is behind
+    monkeypatch.setattr(pipeline, "push_shards", lambda store, paths: time.sleep(0.5))  # the writer is behind
     prepared = plan.prepare(image_folder(here / "data", 16), cache="c", forward="library", **BACKBONE)
     with pytest.raises(ForwardUnavailable, match=r"cpu has not the memory for batches of 2.*--device cpu"):
         prepared.run()

@@ -9,36 +9,29 @@ from typing import Any
 import numpy as np
 import pytest
 
-from featurecache.errors import CacheError, UnknownName, UnsafeFile
+from featurecache.errors import CacheError
 from featurecache.files.directory import TEXTS, ColumnFile
 from featurecache.store import schema
-from featurecache.store.schema import DIGEST, check_digests
-
-KNOWN = {"train", "val", "test", ""}
+from featurecache.store.schema import DIGEST, SPLITS, check_digests
 
 
-def words(text: bytes, ends: list[int]) -> list[str]:
-    columns = {"bytes": np.frombuffer(text, "u1"), "ends": np.array(ends, "<i8")}
-    file: Any = SimpleNamespace(path="view.h5", array=lambda name, dtype: columns[name.removeprefix(f"{TEXTS}s/")])
-    return ColumnFile.words(file, "s", KNOWN).tolist()
+def splits(text: bytes, ends: list[int]) -> list[str]:
+    columns = {f"{TEXTS}splits/bytes": np.frombuffer(text, "u1"), f"{TEXTS}splits/ends": np.array(ends, "<i8")}
+    file: Any = SimpleNamespace(path="view.h5", array=lambda name, dtype: columns[name])
+    file.text_block = lambda name: ColumnFile.text_block(file, name)
+    return schema._splits(file).tolist()
 
 
 def test_words_are_those_that_were_written() -> None:
-    texts = np.random.default_rng(0).choice(sorted(KNOWN), 500).tolist()
-    assert words("".join(texts).encode(), np.cumsum([len(text) for text in texts]).tolist()) == texts
-    assert words(b"", []) == [] and words(b"", [0, 0]) == ["", ""]
+    texts = np.random.default_rng(0).choice(sorted(SPLITS), 500).tolist()
+    assert splits("".join(texts).encode(), np.cumsum([len(text) for text in texts]).tolist()) == texts
+    assert splits(b"", []) == [] and splits(b"", [0, 0]) == ["", ""]
 
 
 @pytest.mark.parametrize(("text", "ends"), [(b"trail", [5]), (b"va", [2]), (b"trainval", [8]), (b"val\0", [4])])
 def test_another_word_is_refused(text: bytes, ends: list[int]) -> None:
-    with pytest.raises(UnknownName, match="other words"):
-        words(text, ends)
-
-
-@pytest.mark.parametrize("ends", [[2], [4], [], [4, 3], [-1, 3], [2**62, 3], [-(2**63), 3]])
-def test_words_that_lie_elsewhere_are_refused(ends: list[int]) -> None:
-    with pytest.raises(UnsafeFile, match="do not lie where it says"):
-        words(b"val", ends)
+    with pytest.raises(CacheError, match="a split other than train, val and test"):
+        splits(text, ends)
 
 
 @pytest.mark.parametrize("letter", "/:`gAF\0é \x7f\xff".encode("latin-1"))

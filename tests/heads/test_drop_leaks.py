@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
-import csv
 import shutil
-from functools import partial
 
 import pytest
 from support.fake_view import toy_view
-from support.runs import reseal
+from support.runs import reseal, train_head
 
 from featurecache.errors import ProtocolError, RunError
 from featurecache.maintenance.leaks import SPLITS, exact_leaks
-from heads import api
 from heads.reports.text import final_table
 from heads.runs.run import load_run
 from heads.settings import Settings
 from heads.splits import choose_splits
 from heads.task import task_of
-
-train_head = partial(api.train_head, report=False)
 
 
 def rows_of(view):
@@ -43,13 +38,8 @@ WARNING = (
 )
 
 
-@pytest.fixture
-def here(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-
-
 @pytest.mark.integration
-def test_training_warns_in_one_line_and_the_run_and_its_table_say_it_too(here):
+def test_training_warns_in_one_line_and_the_run_and_its_table_say_it_too():
     said = []
     run = train_head(leaky(), "linear", epochs=1, say=said.append)
     assert f"warning    {WARNING} (featurecache leaks vit-toy/toy; --drop-leaks trains without them)" in said
@@ -58,13 +48,11 @@ def test_training_warns_in_one_line_and_the_run_and_its_table_say_it_too(here):
 
 
 @pytest.mark.integration
-def test_drop_leaks_leaves_out_train_then_val_never_test_and_says_so(here):
+def test_drop_leaks_leaves_out_train_then_val_never_test_and_says_so():
     said, view = [], leaky()
     run = train_head(view, "linear", epochs=1, drop_leaks=True, say=said.append)
     plain = train_head(view, "linear", epochs=1)
-    with (run.path / "splits.csv").open(newline="") as file:
-        used = [row["split"] for row in csv.DictReader(file)]
-    lost = {s: [i for i, name in enumerate(view.splits) if name == s != used[i]] for s in SPLITS}
+    lost = {s: [i for i, name in enumerate(view.splits) if name == s != run.splits[i]] for s in SPLITS}
     assert {s: len(rows) for s, rows in lost.items()} == {"train": 6, "val": 3, "test": 0}
     assert run.config["splits"]["dropped"] == {"train": 6, "val": 3}
     assert run.config["splits"]["leaks"] == []

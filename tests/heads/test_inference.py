@@ -4,21 +4,18 @@ from __future__ import annotations
 
 import csv
 import io
-from functools import partial
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from support.fake_view import label_view, toy_view
-from support.runs import reseal
+from support.runs import reseal, train_head
 
 import featurecache
 from featurecache.errors import BadOption, RunError, UnknownSourceName
-from heads.api import ablate, predict, train_head
+from heads.api import ablate, predict
 from heads.inference import images_of, iterate_images, prediction_records, predictions_csv, predictions_table
-
-train_head = partial(train_head, report=False)
 
 
 @pytest.fixture
@@ -86,18 +83,6 @@ def test_many_images_are_computed_in_pieces(cached, monkeypatch):
     assert [r["class"] for r in records] == [a["class"] for a in prediction_records(run, whole)]
 
 
-def test_a_folder_gives_all_its_images_and_an_array_is_an_image(cached, tmp_path):
-    run = cached[2]
-    (tmp_path / "new").mkdir()
-    for name in ("2.png", "1.png"):
-        (tmp_path / "new" / name).write_bytes(name[:1].encode())
-    records = predict(run, [tmp_path / "new", np.frombuffer(b"7", dtype=np.uint8)])
-    names = [record["image"].removeprefix(str(tmp_path)) for record in records]
-    assert names == ["/new/1.png", "/new/2.png", "image 2"]
-    again = predict(run, [f"{tmp_path}/new/"])
-    assert [record["image"] for record in again] == [record["image"] for record in records[:2]]
-
-
 def new_images(root, *names):
     for number, name in enumerate(names):
         (root / name).parent.mkdir(parents=True, exist_ok=True)
@@ -105,12 +90,13 @@ def new_images(root, *names):
     return root
 
 
-def test_every_image_below_a_folder_gets_an_answer_however_they_lie(cached, tmp_path):
+def test_every_image_below_a_folder_gets_an_answer_however_they_lie_and_so_does_an_array(cached, tmp_path):
     names = ("patient/1/b.png", "patient/a.png", "top.png", "train/c.png")
-    (new_images(tmp_path / "new", *names) / "empty").mkdir()
-    records = predict(cached[2], tmp_path / "new")
-    assert [record["image"] for record in records] == [str(tmp_path / "new" / name) for name in names]
+    (new_images(tmp_path / "new", *reversed(names)) / "empty").mkdir()
+    records = predict(cached[2], [f"{tmp_path}/new/", np.frombuffer(b"7", dtype=np.uint8)])
+    assert [record["image"] for record in records] == [*(str(tmp_path / "new" / name) for name in names), "image 2"]
     assert all("class" in record and "label" not in record for record in records)
+    assert [record["image"] for record in predict(cached[2], tmp_path / "new")] == [r["image"] for r in records[:4]]
 
 
 def test_folders_called_as_classes_show_how_many_are_right(cached, tmp_path):
@@ -132,16 +118,22 @@ def test_a_table_needs_a_column_of_paths_and_may_have_labels(cached, tmp_path, h
     new_images(tmp_path, "a.png", "b.png", "c.png")
     (tmp_path / "new.csv").write_text(f"{header}\na.png,kind 1\nb.png,nobody knows\nc.png,\n")
     records = predict(cached[2], tmp_path / "new.csv", columns=columns)
-    assert [(record["image"], record.get("label")) for record in records] == [
-        ("a.png", "kind 1"), ("b.png", None), ("c.png", None)
-    ]  # fmt: skip
+    labels = [(record["image"], record.get("label")) for record in records]
+    assert labels == [("a.png", "kind 1"), ("b.png", None), ("c.png", None)]
 
 
-def test_a_column_of_labels_that_a_table_has_not_is_said(cached, tmp_path):
+@pytest.mark.parametrize(
+    ("columns", "error", "words"),
+    [
+        ({"label": "lable"}, UnknownSourceName, r"has no column 'lable' for the label; it has label\. Near: label"),
+        ({"lable": "finding"}, BadOption, r"names path or label, not 'lable'\. Near: label"),
+    ],
+)
+def test_a_column_or_a_role_that_there_is_not_is_said_with_its_neighbour(cached, tmp_path, columns, error, words):
     new_images(tmp_path, "a.png")
     (tmp_path / "new.csv").write_text("image,label\na.png,kind 1\n")
-    with pytest.raises(UnknownSourceName, match=r"has no column 'lable' for the label; it has label\. Near: label"):
-        predict(cached[2], tmp_path / "new.csv", columns={"label": "lable"})
+    with pytest.raises(error, match=words):
+        predict(cached[2], tmp_path / "new.csv", columns=columns)
 
 
 def test_arrays_and_pil_images_from_a_program(cached):
@@ -214,8 +206,3 @@ def test_features_of_any_storage_type_are_taken(cached):
     x = view.features["cls"][:4]
     np.testing.assert_allclose(run.logits(x), run.logits(x.float()))
     assert run.logits(torch.zeros(0, 8)).shape == (0, 2)
-
-
-def test_a_role_that_predict_does_not_know_is_refused_with_its_neighbour(cached):
-    with pytest.raises(BadOption, match=r"names path or label, not 'lable'\. Near: label"):
-        predict(cached[2], [b"3"], columns={"lable": "finding"})

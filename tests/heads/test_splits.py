@@ -111,11 +111,8 @@ def test_rows_without_label_or_split_are_left_out_and_counted():
     view = with_splits(["train", "val", "test", ""] * 60, [0, 0, 0, 0, 1, 1, 1, 1] * 30)
     view.labels[:8] = -1
     chosen, _ = split(view)
-    for sentence in (
-        "8 images carry no label and are left out",
-        "60 images have no split in the data and are left out",
-    ):
-        assert sentence in chosen.warnings
+    unlabelled, unsplit = "8 images carry no label", "60 images have no split in the data"
+    assert {f"{which} and are left out" for which in (unlabelled, unsplit)} <= {*chosen.warnings}
     assert (chosen.names[:8] == "").all()
 
 
@@ -124,26 +121,6 @@ def test_augmented_copies_are_not_used_unless_asked(words):
     view = with_splits(words, [0, 1, 1, 0] * 50)
     view.versions = np.array([0, 0, 1, 2] * 50, dtype=np.int32)
     assert (split(view)[0].names[view.versions > 0] == "").all()
-
-
-def test_images_and_groups_in_two_splits_are_said():
-    view = toy_view(n=240, splits="given")
-    rows = {s: [i for i, name in enumerate(view.splits) if name == s] for s in ("train", "test")}
-    view.digests[rows["test"][:6]] = view.digests[rows["train"][:6]]
-    view.groups = ["p1" if i in (rows["train"][0], rows["test"][9]) else "" for i in range(240)]
-    assert split(view)[0].warnings == [
-        "6 images stand in both train and test, 1 group in both train and test "
-        "(featurecache leaks vit-toy/toy; --drop-leaks trains without them)"
-    ]
-
-
-def test_the_written_splits_are_given_back(tmp_path):
-    view = toy_view(n=240)
-    first, _ = split(view)
-    (tmp_path / "s.csv").write_text(splits_csv(view.ids, first.names))
-    view.splits = ["train"] * 240
-    second, _ = split(view, splits=str(tmp_path / "s.csv"), split_seed=9)
-    assert (second.names == first.names).all()
 
 
 @settings(max_examples=50, deadline=None)
@@ -282,18 +259,16 @@ def images(view, chosen, name):
     return {view.digests[i] for i in chosen.rows(name)}
 
 
-FRACTIONS = (0.01, 0.05, 0.1, 0.33, 0.5, 1.0)
-
-
+@pytest.mark.parametrize("fold", [{}, {"fold": 1, "folds": 3}], ids=["whole", "fold"])
 @pytest.mark.parametrize("make", [lambda: toy_view(n=400, classes=4), lambda: label_view(n=400)])
-def test_a_smaller_fraction_is_among_a_larger_one_and_val_and_test_stay(make):
+def test_a_smaller_fraction_is_among_a_larger_one_and_val_and_test_stay(make, fold):
     view = make()
-    chosen = [split(view, fraction=f)[0] for f in FRACTIONS]
+    chosen = [split(view, fraction=f, **fold)[0] for f in (0.01, 0.05, 0.1, 0.33, 0.5, 1.0)]
     trained = [images(view, c, "train") for c in chosen]
     assert all(a <= b for a, b in itertools.pairwise(trained))
     assert [len(t) for t in trained] == sorted(len(t) for t in trained)
     assert all(len({frozenset(images(view, c, s)) for c in chosen}) == 1 for s in ("val", "test"))
-    assert images(view, split(view, fraction=0.1, split_seed=1)[0], "train") != trained[2]
+    assert images(view, split(view, fraction=0.1, split_seed=1, **fold)[0], "train") != trained[2]
 
 
 @given(
@@ -358,11 +333,3 @@ def test_folds_leave_a_given_test_out_and_draw_val_anew():
     assert "the given test (50 images) is not touched" in folds[0].how
     counts = [class_counts(f.names, task_of(view)) for f in folds]
     assert {c["test"][0] for c in counts} == {25}
-
-
-def test_a_fraction_of_a_fold_leaves_its_val_and_test():
-    view = toy_view(n=300)
-    whole, part = (split(view, fold=1, folds=3, fraction=f)[0] for f in (1.0, 0.1))
-    assert images(view, whole, "test") == images(view, part, "test")
-    assert images(view, whole, "val") == images(view, part, "val")
-    assert images(view, part, "train") < images(view, whole, "train")

@@ -26,7 +26,6 @@ from featurecache.maintenance.leaks import find_leaks
 from featurecache.store import store
 from featurecache.store.shards import ShardWriter
 from featurecache.store.view import View
-from heads.task import load_features
 
 
 @pytest.fixture
@@ -280,12 +279,3 @@ def test_why_counts_copies_and_says_why_there_are_none(home):
     other = explain_miss(home / "data", copies=1, augment="flip", **options)
     assert "0 of 6 augmented copies are there" in str(other) and "another seed are other copies" in str(other)
     assert "augmented" not in str(explain_miss(home / "data", copies=0, **options))
-
-
-def test_a_head_trains_on_copies_of_its_training_images_only(home):
-    view = opened(home)
-    train = view.split("train")
-    features = load_features(view, "cls", train, view.labels, copies=True)
-    assert features.versions == 3 and features.x is not None and features.x.shape == (3 * TRAIN, 32)
-    assert torch.equal(features.x[TRAIN : 2 * TRAIN], view.tensor("cls", view.copies(train)[:, 1]))
-    assert load_features(view, "cls", train, view.labels).versions == 1

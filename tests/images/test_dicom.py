@@ -14,7 +14,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from support.decoded import encoded, reason
 from support.dicom_files import RAMP, dicom_bytes, pydicom
 
 from featurecache.errors import UnreadableImage
@@ -33,9 +33,7 @@ def example(name: str) -> bytes:
 
 
 def jpeg(pixels: np.ndarray) -> bytes:
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, "JPEG")
-    return encapsulate([buffer.getvalue()])
+    return encapsulate([encoded(pixels, "JPEG")])
 
 
 def grey(data: bytes) -> list[int]:
@@ -43,12 +41,6 @@ def grey(data: bytes) -> list[int]:
     pixels = decode(data).numpy()
     assert (pixels == pixels[:1]).all()
     return pixels[0].ravel().tolist()
-
-
-def reason(data: bytes) -> str:
-    with pytest.raises(UnreadableImage) as caught:
-        decode(data)
-    return str(caught.value)
 
 
 def by_pydicom(file: Path | io.BytesIO, frame: int = 0) -> np.ndarray:
@@ -97,9 +89,20 @@ def test_compressed_frames_are_read_by_their_number(frame):
     np.testing.assert_array_equal(dicom.decode_dicom(example(name), frame), by_pydicom(EXAMPLES / name, frame))
 
 
+def lut(entries: list[int], first: int, bits: int) -> pydicom.Dataset:
+    item = pydicom.Dataset()
+    item.LUTDescriptor, item.LUTData = [len(entries), first, bits], np.array(entries, "<u2").tobytes()
+    return item
+
+
 TWELVE = {"BitsStored": 12}
 WINDOW = {**TWELVE, "WindowCenter": 1000, "WindowWidth": 2001}  # (1000 − 999.5) / 2000 + 0.5 = 0.50025
 TURNED = {**WINDOW, "PhotometricInterpretation": "MONOCHROME1"}
+MODALITY = {"ModalityLUTSequence": [lut([0, 10, 100, 255], 2, 8)]}
+# pydicom's own wraps around here: an index is kept in the dtype of the table. A window beside it says nothing.
+LONG = {**TWELVE, "VOILUTSequence": [lut([k // 16 for k in range(4096)], 0, 8)], "WindowCenter": 5, "WindowWidth": 2}
+BEGINS_BELOW = {"VOILUTSequence": [lut([0, 4095], 0x10000 - 1000, 12)]}  # at −1000, which an unsigned number has to say
+BELOW = {**TWELVE, **BEGINS_BELOW, "RescaleSlope": 1, "RescaleIntercept": -1024}
 
 
 @pytest.mark.parametrize(
@@ -112,8 +115,12 @@ TURNED = {**WINDOW, "PhotometricInterpretation": "MONOCHROME1"}
         ([0, 1000, 4095], "u2", WINDOW, [0, 128, 255]),
         ([0, 1000, 4095], "u2", TURNED, [255, 127, 0]),
         ([9, 10], "u1", {"WindowCenter": 10, "WindowWidth": 1}, [0, 255]),  # above c − 0.5
+        ([0, 2, 3, 4, 5, 200], "u1", MODALITY, [0, 0, 10, 100, 255, 255]),
+        ([0, 255, 256, 4080, 4095], "u2", LONG, [0, 15, 16, 255, 255]),
+        ([0, 24, 25, 26], "u2", BELOW, [0, 0, 255, 255]),
     ],
-    ids=["stored bits span the range", "16 bits", "signed", "unused bits", "window", "turned over last", "threshold"],
+    ids=["stored bits span the range", "16 bits", "signed", "unused bits", "window", "turned over last", "threshold",
+         "outside a modality table", "VOI table of 8 bits and more than 256 entries", "VOI table from below zero"],
 )  # fmt: skip
 def test_values_worked_by_hand(values, dtype, elements, expected):
     assert grey(dicom_bytes(np.array([values]).astype(dtype), **elements)) == expected
@@ -129,31 +136,6 @@ def test_rescale_and_each_window_function_are_what_pydicom_makes_of_them(functio
         WindowWidth=[400, 1600], VOILUTFunction=function, PhotometricInterpretation=photometric,
     )  # fmt: skip
     np.testing.assert_array_equal(np.reshape(grey(data), (9, 7)), by_pydicom(io.BytesIO(data)))  # of two the first
-
-
-def lut(entries: list[int], first: int, bits: int) -> pydicom.Dataset:
-    item = pydicom.Dataset()
-    item.LUTDescriptor, item.LUTData = [len(entries), first, bits], np.array(entries, "<u2").tobytes()
-    return item
-
-
-def test_values_outside_a_modality_table_get_its_ends():
-    table = lut([0, 10, 100, 255], 2, 8)
-    data = dicom_bytes(np.array([[0, 2, 3, 4, 5, 200]], np.uint8), ModalityLUTSequence=[table])
-    assert grey(data) == [0, 0, 10, 100, 255, 255]
-
-
-def test_a_voi_table_of_eight_bits_and_more_than_256_entries():
-    """pydicom's own wraps around here: an index is kept in the dtype of the table. A window beside it says nothing."""
-    table = {"VOILUTSequence": [lut([k // 16 for k in range(4096)], 0, 8)], "WindowCenter": 5, "WindowWidth": 2}
-    data = dicom_bytes(np.array([[0, 255, 256, 4080, 4095]], np.uint16), BitsStored=12, **table)
-    assert grey(data) == [0, 15, 16, 255, 255]
-
-
-def test_a_voi_table_begins_below_zero_where_the_values_do():
-    table = lut([0, 4095], 0x10000 - 1000, 12)  # −1000, which an unsigned number has to say
-    elements = {"BitsStored": 12, "RescaleSlope": 1, "RescaleIntercept": -1024, "VOILUTSequence": [table]}
-    assert grey(dicom_bytes(np.array([[0, 24, 25, 26]], np.uint16), **elements)) == [0, 0, 255, 255]
 
 
 def test_colour_of_twelve_bits_has_4095_for_white():

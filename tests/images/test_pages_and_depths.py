@@ -10,8 +10,8 @@ import struct
 
 import numpy as np
 import pytest
-import torch  # noqa: F401  (its first import starts ldconfig, and a test here may start nothing)
 from PIL import Image
+from support.decoded import by_tifffile, decoded, encoded, reason
 
 from featurecache.errors import UnreadableImage
 from featurecache.images import tiff
@@ -26,31 +26,8 @@ TWELVE[0, 0] = 4095
 EIGHT = np.rint(TWELVE * 255.0 / 4095).astype(np.uint8)
 
 
-def written(samples: np.ndarray, **options) -> bytes:
-    buffer = io.BytesIO()
-    tifffile.imwrite(buffer, samples, **options)
-    return buffer.getvalue()
-
-
-def decoded(data) -> np.ndarray:
-    """uint8 [H, W, 3]."""
-    return decode(data).permute(1, 2, 0).numpy()
-
-
-def reason(data) -> str:
-    with pytest.raises(UnreadableImage) as caught:
-        decode(data)
-    return str(caught.value)
-
-
 def frame(data: bytes, number: int) -> EncodedFrame:
     return EncodedFrame(data, number, hashlib.blake2b(data, digest_size=16))
-
-
-def saved(pixels: np.ndarray, kind: str) -> bytes:
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, kind)
-    return buffer.getvalue()
 
 
 # palettes, 5-6-5
@@ -61,7 +38,7 @@ def saved(pixels: np.ndarray, kind: str) -> bytes:
 def test_a_palette_has_colours_of_sixteen_bits_or_where_none_is_above_255_of_eight(scale, order):
     colours = RANDOM.integers(0, 256, (3, 256))
     places = np.arange(256, dtype=np.uint8).reshape(16, 16)
-    data = written(places, photometric="palette", colormap=(colours * scale).astype(np.uint16), byteorder=order)
+    data = by_tifffile(places, photometric="palette", colormap=(colours * scale).astype(np.uint16), byteorder=order)
     np.testing.assert_array_equal(decoded(data), colours.T[places])
 
 
@@ -86,20 +63,22 @@ def test_a_bmp_of_five_six_and_five_bits_is_what_pillow_reads():
 def test_a_plane_for_each_colour_is_the_same_picture_to_the_last_bit(big, order, options, channels):
     samples = RANDOM.integers(0, 65536, (24, 40, channels), dtype=np.uint16)
     options = options | {"extrasamples": ["unassalpha"] if channels == 4 else None}
-    data = written(samples.transpose(2, 0, 1), photometric="rgb", planarconfig="separate", bigtiff=big,
+    data = by_tifffile(samples.transpose(2, 0, 1), photometric="rgb", planarconfig="separate", bigtiff=big,
                    byteorder=order, **options)  # fmt: skip
     np.testing.assert_array_equal(decoded(data), np.rint(samples[..., :3] / 257))
 
 
 @pytest.mark.parametrize(("big", "order"), [(False, "<"), (False, ">"), (True, "<")])
 def test_each_page_of_a_stack_is_read_by_its_number_which_is_in_the_digest(big, order):
-    data = written(DEEP.transpose(2, 0, 1), photometric="minisblack", bigtiff=big, byteorder=order)
+    data = by_tifffile(DEEP.transpose(2, 0, 1), photometric="minisblack", bigtiff=big, byteorder=order)
     for page in range(3):
         np.testing.assert_array_equal(decoded(frame(data, page))[..., 0], np.rint(DEEP[..., page] / 257))
         assert digest(frame(data, page)) == digest(data, page)
     assert digest(data) == digest(data, 0) and image_header(frame(data, 2)).kind == "16-bit grey"
+    assert image_header(data) == (40, 24, "16-bit grey, the first of several", 16, 3)
+    np.testing.assert_array_equal(decoded(data), decoded(frame(data, 0)))
     assert reason(frame(data, 3)) == "no page 3: the file has 3, counted from 0"
-    assert "no TIFF and no DICOM" in reason(frame(saved(EIGHT, "PNG"), 1))
+    assert "no TIFF and no DICOM" in reason(frame(encoded(EIGHT, "PNG"), 1))
 
 
 def test_previews_are_no_pages():
@@ -112,7 +91,7 @@ def test_previews_are_no_pages():
 
 
 def test_directories_that_lead_in_a_circle_end():
-    data = bytearray(written(np.stack([EIGHT] * 2), photometric="minisblack"))
+    data = bytearray(by_tifffile(np.stack([EIGHT] * 2), photometric="minisblack"))
     places = [page.offset for page in tifffile.TiffFile(io.BytesIO(data)).pages]
     (entries,) = struct.unpack_from("<H", data, places[1])
     struct.pack_into("<L", data, places[1] + 2 + 12 * entries, places[0])
@@ -123,8 +102,8 @@ def test_directories_that_lead_in_a_circle_end():
 
 
 DARK = [
-    TWELVE, np.stack([TWELVE] * 3, -1), saved(TWELVE, "PNG"), saved(TWELVE, "PPM"), written(TWELVE),
-    written(np.stack([TWELVE] * 3, -1), photometric="rgb"), written(4095 - TWELVE, photometric="miniswhite"),
+    TWELVE, np.stack([TWELVE] * 3, -1), encoded(TWELVE, "PNG"), encoded(TWELVE, "PPM"), by_tifffile(TWELVE),
+    by_tifffile(np.stack([TWELVE] * 3, -1), photometric="rgb"), by_tifffile(4095 - TWELVE, photometric="miniswhite"),
 ]  # fmt: skip
 
 
@@ -144,7 +123,7 @@ def test_bits_above_the_depth_are_refused_and_eight_bits_are_as_they_are():
     assert decoded(RawImage(declared, 10))[0, :, 0].tolist() == [255, 0]
     assert image_header(declared)[2:4] == ("12-bit grey", None)
     assert reason(RawImage(declared, 14)) == "12 bits a sample, which --bits 14 is above"
-    np.testing.assert_array_equal(decoded(RawImage(saved(EIGHT, "PNG"), 12))[..., 0], EIGHT)
+    np.testing.assert_array_equal(decoded(RawImage(encoded(EIGHT, "PNG"), 12))[..., 0], EIGHT)
 
 
 def test_a_pnm_that_says_its_white_keeps_it():
@@ -157,11 +136,12 @@ def test_a_pnm_that_says_its_white_keeps_it():
 
 
 SOUND = [
-    written(DEEP.transpose(2, 0, 1), photometric="rgb", planarconfig="separate", rowsperstrip=5),
-    written(DEEP.transpose(2, 0, 1), photometric="minisblack"), written(TWELVE, photometric="miniswhite"),
-    written(EIGHT, photometric="palette", colormap=RANDOM.integers(0, 256, (3, 256), dtype=np.uint16)),
-    written(np.stack([EIGHT] * 2, -1), photometric="minisblack", planarconfig="contig"), saved(EIGHT, "BMP"),
-    saved(TWELVE, "PNG"), saved(TWELVE, "PPM"), saved(EIGHT, "GIF"), saved(EIGHT > 99, "PNG"), saved(EIGHT, "WEBP"),
+    by_tifffile(DEEP.transpose(2, 0, 1), photometric="rgb", planarconfig="separate", rowsperstrip=5),
+    by_tifffile(DEEP.transpose(2, 0, 1), photometric="minisblack"), by_tifffile(TWELVE, photometric="miniswhite"),
+    by_tifffile(EIGHT, photometric="palette", colormap=RANDOM.integers(0, 256, (3, 256), dtype=np.uint16)),
+    by_tifffile(np.stack([EIGHT] * 2, -1), photometric="minisblack", planarconfig="contig"), encoded(EIGHT, "BMP"),
+    *(encoded(TWELVE, kind) for kind in ("PNG", "PPM")), *(encoded(EIGHT, kind) for kind in ("GIF", "WEBP", "JPEG")),
+    encoded(EIGHT > 99, "PNG"), encoded(np.stack([EIGHT] * 3, -1), "JPEG"),
 ]  # fmt: skip
 
 
@@ -173,6 +153,8 @@ def test_a_header_of_any_damage_gives_an_image_or_a_reason(sound):
         edges = [*range(min(len(data), 400)), *range(max(len(data) - 400, 0), len(data))]
         for place in draw.sample(edges, draw.randint(1, 3)):
             data[place] = draw.choice([0, 1, 2, 3, 5, 16, 32, 127, 255, draw.randrange(256)])
+        data = data[: draw.choice([None, None, None, len(data) // 2])]
+        assert len(digest(bytes(data))) == 32
         for image in (bytes(data), frame(bytes(data), 1), RawImage(bytes(data), 12)):
             for look in (decode, image_header):
                 with contextlib.suppress(UnreadableImage):

@@ -26,11 +26,13 @@ SQUASH = {
         ({"crop_rounding": "magic"}, "not an arithmetic we know"),
         ({"resize": [8]}, "do not go with resizing"),
         ({"resize": [8, 0]}, "do not go with resizing"),
+        ({"crop": [0, 0]}, "do not go with resizing"),
         ({"mode": "shortest", "resize": [8]}, "neither squashes nor crops"),
         ({"mean": [math.nan, 0.5, 0.5]}, "not three numbers each"),
         ({"mean": [0.5, 0.5], "std": [0.5, 0.5]}, "not three numbers each"),
         ({"mean": [0.5] * 4, "std": [0.5] * 2}, "do not normalise the channels"),
         ({"std": [0.5, 0.5, 0.0]}, "do not normalise the channels"),
+        ({"std": None}, "not three numbers each"),
         ({"scale": 0.0}, "leaves nothing of an image"),
     ],
 )

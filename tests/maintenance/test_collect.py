@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 import os
-from pathlib import Path
 
 import numpy as np
 import pytest
 from click.testing import CliRunner
 from support.builders import CLS, TOKENS, add_shard, add_view, digests, features, make_store, make_view
-from support.caches import add_shifted, files, is_whole, killed_at, rows_in, shards, view_on
+from support.caches import add_shifted, files, is_whole, rows_in, shards, view_on
 from support.command import call
 from support.plant import flip
 
@@ -18,7 +17,6 @@ import cli
 import featurecache
 from featurecache.errors import BadOption, InUse, NotInCache
 from featurecache.files.locks import shared_lock
-from featurecache.maintenance import collect as collecting
 from featurecache.maintenance.collect import collect, compact, remove_view
 from featurecache.store.shards import Layout, ShardWriter, read_shard
 from featurecache.store.store import open_store
@@ -101,15 +99,6 @@ def test_a_view_of_derived_tokens_needs_nothing_of_the_tokens_and_gc_says_so(tmp
     (unused,) = collect(tmp_path, delete=True).stores[0].outputs
     assert (unused.output, unused.rows, unused.derived) == ("tokens", 4, ("tokens-7",))
     assert not store.folder("tokens").exists() and len(featurecache.open_view("set", tmp_path).array("tokens-7")) == 4
-
-
-def test_what_a_running_extraction_has_committed_stays(tmp_path):
-    store = make_store(tmp_path)
-    add_shard(store, range(4), CLS)  # no view names it yet
-    with shared_lock(store.path, "an extraction"):
-        (garbage,) = collect(tmp_path, delete=True).stores
-    assert garbage.left and "is in use: an extraction by process" in garbage.left
-    assert rows_in(store, "cls") == [0, 1, 2, 3]
 
 
 @pytest.mark.parametrize(
@@ -195,29 +184,6 @@ def test_drafts_of_the_dead_are_listed_and_those_of_the_living_stay(tmp_path):
     collect(tmp_path, delete=True)
     assert not dead.exists() and len(list(view.store.glob("cls/.*.tmp"))) == 1
     writer.close()
-
-
-@pytest.mark.integration
-@pytest.mark.parametrize(
-    ("owner", "name", "count"),
-    [
-        (ShardWriter, "commit", 1), (ShardWriter, "commit", 2), (collecting, "rewrite_view", 1),
-        (collecting, "rewrite_view", 2), (Path, "unlink", 1), (Path, "unlink", 2), (collecting, "sync_path", 1),
-    ],
-)  # fmt: skip
-def test_gc_killed_between_two_steps_loses_nothing_and_finishes_again(tmp_path, owner, name, count):
-    store = open_store(make_view(tmp_path, range(12)).store)
-    add_view(store, "part", [9, 0, 1, 5], [CLS, TOKENS])
-    add_view(store, "few", [5, 0], [CLS])
-    remove_view("set", tmp_path)
-    with killed_at(owner, name, count):
-        collect(tmp_path, delete=True)
-    for each, order in (("part", [9, 0, 1, 5]), ("few", [5, 0])):
-        assert np.array_equal(featurecache.open_view(each, tmp_path).array("cls"), features(order, CLS))
-    collect(tmp_path, delete=True)
-    is_whole(tmp_path, part=[9, 0, 1, 5], few=[5, 0])
-    assert rows_in(store, "cls") == rows_in(store, "tokens") == [0, 1, 5, 9]
-    assert collect(tmp_path).bytes == 0
 
 
 # --- a view on other rows

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,7 +15,7 @@ import featurecache
 from featurecache.errors import CacheError, CannotWrite, DamagedFile
 from featurecache.maintenance import collect as collecting
 from featurecache.maintenance.collect import compact
-from featurecache.store.shards import ShardWriter, read_shard
+from featurecache.store.shards import read_shard
 
 ORDER = [9, 1, 5, 5, 0, 10, 2, 3]
 
@@ -55,25 +54,6 @@ def test_the_rows_lie_in_the_order_of_the_view(scattered):
     times = {p: p.stat().st_mtime_ns for p in cache.rglob("*.h5")}
     assert compact("set", cache).written == 0
     assert {p: p.stat().st_mtime_ns for p in cache.rglob("*.h5")} == times
-
-
-@pytest.mark.integration
-@pytest.mark.parametrize(
-    ("owner", "name", "count"),
-    [
-        *((ShardWriter, "commit", k) for k in (1, 2, 4, 5, 8)),
-        *((collecting, "rewrite_view", k) for k in (1, 2)),
-        *((Path, "unlink", k) for k in (1, 3, 6)),
-    ],
-)
-def test_killed_between_two_steps_it_loses_nothing_and_finishes_again(scattered, owner, name, count):
-    cache = scattered.path.parent
-    with killed_at(owner, name, count):
-        compact("set", cache)
-    for each, order in (("set", ORDER), ("other", [11, 1, 0])):
-        assert np.array_equal(featurecache.open_view(each, cache).array("cls"), features(order, CLS))
-    compact("set", cache)
-    in_order(scattered)
 
 
 def test_it_stops_at_a_damaged_row_with_everything_as_it_was(scattered):

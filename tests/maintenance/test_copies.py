@@ -102,15 +102,6 @@ def test_repair_leaves_no_copy_of_an_image_that_left(home):
     assert len(view) == N - 1 + 2 * (TRAIN - 1) and damages(home) == ()
 
 
-def test_a_view_read_while_compact_moves_its_rows(home):
-    (home / "data" / "test" / "ill" / "0.png").unlink()
-    extract(home)
-    view = opened(home)
-    copies = view.copies(view.split("train")).ravel()
-    compact("data", home / "cache")
-    assert torch.equal(view.tensor("cls", copies), opened(home).tensor("cls", copies))
-
-
 @pytest.mark.parametrize("ending", [".h5", ".npz", ".parquet", ".safetensors"])
 def test_an_export_has_the_images_and_asked_for_the_copies(home, ending):
     plain, all_ = home / f"plain{ending}", home / f"all{ending}"

@@ -8,13 +8,12 @@ import numpy as np
 import pytest
 import torch
 from support.builders import CLS, add_shard, add_view, digests, features, make_store, make_view
-from support.caches import add_shifted, files, is_whole, killed_at, rows_in, shards
+from support.caches import add_shifted, files, is_whole, rows_in, shards
 from support.plant import flip
 
 import featurecache
 from featurecache.errors import BadOption, NotInCache
 from featurecache.extraction import canary
-from featurecache.files.atomic import AtomicFile
 from featurecache.files.locks import shared_lock
 from featurecache.maintenance.merge import merge
 from featurecache.store.shards import Layout, read_shard
@@ -84,17 +83,6 @@ def test_a_damaged_shard_is_not_taken_nor_the_view_that_needs_it(two):
     assert "does not match the hash" in same.left[0] and same.views[0].what == "left" and not same.complete
     assert "4 of its rows of cls could not be copied" in same.views[0].reason
     is_whole(here, mine=range(8))
-
-
-@pytest.mark.integration
-@pytest.mark.parametrize("count", [2, 4])
-def test_interrupted_it_goes_on(two, count):
-    here, there = two
-    with killed_at(AtomicFile, "commit", count):
-        merge(there, here)
-    is_whole(here, mine=range(8))
-    assert all(merged.complete for merged in merge(there, here))
-    is_whole(here, mine=range(8), theirs=range(4, 12))
 
 
 def test_rows_that_are_here_win(tmp_path):

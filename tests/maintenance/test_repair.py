@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from support.builders import CLS, add_shard, make_store, make_view
+from support.builders import CLS, make_store, make_view
 from support.checkpoints import save_vit
 from support.command import call
 from support.pictures import image_folder
@@ -17,13 +17,11 @@ from support.plant import flip
 
 import featurecache
 from featurecache.backbones.base import Backbone
-from featurecache.errors import DamagedFile, InUse
+from featurecache.errors import DamagedFile
 from featurecache.extraction import canary
-from featurecache.files import locks
 from featurecache.maintenance import verify as verification
 from featurecache.maintenance.repair import repair
 from featurecache.maintenance.verify import Damage, verify
-from featurecache.store.store import open_store
 from featurecache.store.view import View
 
 N = 10
@@ -110,43 +108,11 @@ def test_a_row_is_computed_at_the_place_in_its_batch_that_it_had(home: Path, mon
     assert batches[-2:] == [[1, 3], [2]]
 
 
-def test_a_flip_that_harms_no_row_is_found_and_nothing_computed(home: Path, undisturbed: Path) -> None:
-    flip(shard(home), -1)
-    flip(shard(home, "cls"), 400)  # in the zeros behind the first line
-    assert len(verify(home / "cache").damages) == 2
-    (done,) = repair(home / "cache")
-    assert (done.computed, done.kept) == (0, 2 * N)
-    assert whole(home, undisturbed)
-
-
-def test_a_missing_shard_and_a_cut_one(home: Path, undisturbed: Path) -> None:
-    shard(home, "cls").unlink()
-    cut = place_of(home, 6)
-    with open(shard(home), "r+b") as file:
-        file.truncate(cut + 5)
-    assert len(verify(home / "cache").damages) == 2
-    later = sum(place_of(home, row) >= cut for row in range(N)) if shard(home).exists() else 0
-    (done,) = repair(home / "cache")
-    assert done.computed == N + later and done.kept == N - later
-    assert whole(home, undisturbed)
-
-
 def test_what_follows_from_stored_tokens_needs_no_backbone(home: Path, undisturbed: Path, monkeypatch) -> None:  # type: ignore[no-untyped-def]
     monkeypatch.setattr(canary, "load_backbone", lambda **_: pytest.fail("the tokens are there"))
     shard(home, "cls").unlink()
     (done,) = repair(home / "cache")
     assert done.computed == N and whole(home, undisturbed)
-
-
-def test_a_row_that_another_shard_has_is_copied(tmp_path: Path, monkeypatch) -> None:  # type: ignore[no-untyped-def]
-    monkeypatch.setattr(canary, "load_backbone", lambda **_: pytest.fail("another shard has the rows"))
-    made = make_view(tmp_path, [0, 1, 2], layouts=(CLS,))
-    before, victim = made.array("cls"), made.store / made.files[0]["path"].decode()
-    add_shard(make_store(tmp_path), [2, 1, 0, 5], CLS)
-    victim.unlink()
-    (done,) = repair(tmp_path)
-    assert done.computed == 0 and done.replaced == (victim,)
-    assert (View(made.path).array("cls") == before).all() and verify(tmp_path).damages == ()
 
 
 def with_images(home: Path, undisturbed: Path) -> Path:
@@ -188,16 +154,6 @@ def test_dropped_rows_leave_the_view_and_are_listed_there(home: Path, undisturbe
     assert verify(home / "cache").damages == ()
 
 
-def test_a_damaged_shard_that_no_view_names_is_removed(home: Path) -> None:
-    (path,) = (home / "cache").glob("*/data.h5")
-    path.unlink()
-    flip(shard(home), -5)
-    assert "no view names its rows" in str(verify(home / "cache").damages[0])
-    victim = shard(home)
-    (done,) = repair(home / "cache")
-    assert done.removed == (victim,) and not victim.exists()
-
-
 def test_a_damaged_view_is_left_and_its_extraction_brings_it_back(home: Path, undisturbed: Path) -> None:
     (path,) = (home / "cache").glob("*/data.h5")
     flip(path, 2000)
@@ -206,20 +162,6 @@ def test_a_damaged_view_is_left_and_its_extraction_brings_it_back(home: Path, un
     path.unlink()
     options = {"backbone": str(undisturbed / "vit"), "cache": home / "cache", "outputs": "cls,tokens", "workers": 1}
     assert featurecache.extract(undisturbed / "data", **options).computed == 0
-    assert whole(home, undisturbed)
-
-
-def test_plan_and_spec_come_back_from_shards_and_views(home: Path, undisturbed: Path) -> None:
-    store = shard(home).parent.parent
-    plan, spec = (json.loads((store / name).read_text()) for name in ("plan.json", "spec.json"))
-    (store / "plan.json").write_text("{")
-    (store / "spec.json").write_text("{")
-    assert [d.path.name for d in verify(home / "cache").damages] == ["spec.json"]  # the store cannot even be opened
-    done = repair(home / "cache")
-    assert [path.name for each in done for path in each.replaced] == ["spec.json", "plan.json"]
-    assert json.loads((store / "spec.json").read_text()) == spec
-    how = {key: value for key, value in plan["cpu"].items() if key not in ("images_per_s", "cost")}
-    assert open_store(store).plan == {"cpu": how}
     assert whole(home, undisturbed)
 
 
@@ -248,12 +190,6 @@ def test_stores_are_named_by_folder_or_view(home: Path) -> None:
     flip(shard(home), -1)
     assert run(home, "verify", "toys")[0] == 0
     assert run(home, "verify", str(shard(home).parent.parent))[0] == 1
-
-
-def test_repair_waits_for_nobody_and_disturbs_nobody(home: Path) -> None:
-    flip(shard(home), -1)
-    with locks.shared_lock(shard(home).parent.parent, "extract"), pytest.raises(InUse, match="extract by process"):
-        repair(home / "cache")
 
 
 def test_bytes_that_change_while_a_shard_is_repaired_are_not_taken(home: Path, monkeypatch) -> None:  # type: ignore[no-untyped-def]

@@ -125,8 +125,8 @@ def test_beside_an_extraction_others_read_verify_extract_and_remove_nothing(tmp_
         with held(home, scenario, cache, step) as answers:
             state = home.forks.done("state", cache=cache)
             assert state["views"] in scenario.states and state["damaged"] == [], (step, state)
-            for job, more in (("mend", {}), ("gc_said", {})):
-                assert is_in_use(home.forks.run(job, cache=cache, **more), "extract"), (step, job)
+            for job in ("mend", "gc_said"):
+                assert is_in_use(home.forks.run(job, cache=cache), "extract"), (step, job)
             if state["views"]:
                 assert is_in_use(home.forks.run("compact", cache=cache, name="set"), "extract"), step
             home.forks.done("extract", cache=cache, **scenario.arguments)

@@ -177,7 +177,8 @@ def test_writes_that_write_less_than_asked(tmp_path: Path, home: Home) -> None:
 def test_no_file_may_grow_beyond_a_limit(tmp_path: Path, home: Home, most: int) -> None:
     scenario = home.scenario("new")
     answer = home.forks.run("with_file_limit", job="extract", most=most, cache=tmp_path / "0", **scenario.arguments)
-    assert one_sentence(answer) and "File too large" in str(answer.error)
+    told = "File too large. What is finished is whole; raise the limit for the size of files (ulimit -f)"
+    assert one_sentence(answer) and told in str(answer.error)
     all_is_well_after(home.forks, scenario, tmp_path, [0])
 
 

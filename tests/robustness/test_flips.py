@@ -139,16 +139,6 @@ def test_random_damages_are_found_and_harmless(whole: Whole, tmp_path: Path, see
             assert unreadable == whole.rows_lost(one[0], [one]), one
 
 
-@pytest.mark.slow
-def test_every_byte_of_the_first_line_and_every_length(whole: Whole, tmp_path: Path) -> None:
-    shard, view = next(iter(whole.shards)), whole.view()
-    damages = [(name, "bit", place, place % 8) for name in (shard, view) for place in range(0, 512, 3)]
-    damages += [(name, "cut", len(whole.bytes[name]) * k // 40, 0) for name in (shard, view) for k in range(40)]
-    for one, found in zip(damages, whole.make(tmp_path, [[d] for d in damages], ""), strict=True):
-        assert found["verify"] == [one[0]], one
-        whole.check_read(found["read"], one)
-
-
 @pytest.mark.parametrize(("seed", "count"), [(SEED, 16), pytest.param(SEED + 1, 120, marks=pytest.mark.slow)])
 def test_an_extraction_on_top_of_damage(whole: Whole, tmp_path: Path, seed: int, count: int) -> None:
     """An extraction for other outputs and images on damaged shards and views: its view has right rows or none."""

@@ -13,16 +13,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import xxhash
-from support.builders import ORDER, digests, make_spec, make_view
+from support.builders import ORDER, digests, make_view
 from support.plant import Content, changed, laid_out, plant, sealed
 
 from featurecache.errors import CacheError, DamagedFile, UnsafeFile
 from featurecache.files.directory import USER_BLOCK, UserBlock
 from featurecache.store.schema import MAX_VIEW
 from featurecache.store.shards import Layout, read_shard
-from featurecache.store.store import create_store, open_store, stores, unreadable_stores
+from featurecache.store.store import open_store, stores, unreadable_stores
 from featurecache.store.view import View
-from featurecache.store.write_view import find_view, open_view
+from featurecache.store.write_view import find_view
 
 LAYOUT = Layout("tokens", (5, 3), "float16")
 
@@ -63,33 +63,19 @@ DIRECTORIES = [
     (lambda record: record.update(columns=[]), "does not list attributes and columns"),
     (lambda record: record["columns"].update(features=7), "other fields than"),
     (entry(more=1), "other fields than"),
-    (entry(dtype="|O"), "other things than numbers and text"),
-    (entry(dtype="<f2,<f2"), "other things than numbers and text"),
-    (entry(dtype="|V30"), "other things than numbers and text"),
-    (entry(dtype=">f2"), "other things than numbers and text"),
-    (entry(dtype="<f16"), "other things than numbers and text"),
-    (entry(dtype="|S0"), "other things than numbers and text"),
-    (entry(dtype=[]), "other things than numbers and text"),
-    (entry(dtype=[["a", "|O"]]), "other things than numbers and text"),
-    (entry(dtype=[["a", "<f2"], ["a", "<f2"]]), "other things than numbers and text"),
+    *((entry(dtype=dtype), "other things than numbers and text") for dtype in (
+        "|O", "<f2,<f2", "|V30", ">f2", "<f16", "|S0", [], [["a", "|O"]], [["a", "<f2"], ["a", "<f2"]],
+        [["a", "<f2", [5]]],
+    )),
     (entry(dtype=[["a", [["b", "<f2"]]]]), "no type of a field"),
-    (entry(dtype=[["a", "<f2", [5]]]), "other things than numbers and text"),
-    (entry(shape=[2, -5, 3]), "is not its shape"),
-    (entry(shape=[True, 5, 3]), "is not its shape"),
-    (entry(shape=[2.0, 5, 3]), "is not its shape"),
-    (entry(shape=[]), "is not its shape"),
-    (entry(shape=30), "is not its shape"),
-    (entry(shape=[1, 1, 1, 1]), "is not its shape"),
+    *((entry(shape=shape), "is not its shape") for shape in (
+        [2, -5, 3], [True, 5, 3], [2.0, 5, 3], [], 30, [1, 1, 1, 1],
+    )),
     (entry(shape=[1 << 40, 1 << 40, 0]), "more than a file can hold"),
     (entry(shape=[1 << 37, 5, 3]), "each inside it"),
-    (entry(offset=513), "does not begin at a multiple of 64"),
-    (entry(offset=-64), "each inside it"),
-    (entry(offset=0), "each inside it"),
-    (entry(offset=64 << 40), "each inside it"),
-    (entry(offset="512"), "does not begin at a multiple of 64"),
-    (entry(offset=None), "does not begin at a multiple of 64"),
-    (entry(attributes=[]), "attributes other than text and numbers"),
-    (entry(attributes={"prefix": ["cls"]}), "attributes other than text and numbers"),
+    *((entry(offset=offset), "each inside it") for offset in (-64, 0, 64 << 40)),
+    *((entry(offset=offset), "does not begin at a multiple of 64") for offset in (513, "512", None)),
+    *((entry(attributes=record), "attributes other than text and numbers") for record in ([], {"prefix": ["cls"]})),
     (lambda record: record.update(attributes={"a": None}), "attributes other than text and numbers"),
     (place("digests", 512), "one behind the other"),  # over the features
     (lambda record: record["columns"].pop("features"), "has no column features"),
@@ -255,11 +241,6 @@ def test_a_result_beyond_the_memory_of_this_machine_is_refused(view: Path, monke
         View(view).tensor("tokens")
 
 
-@pytest.mark.integration
-def test_a_copied_cache_reads_and_trains_like_the_original(sound: Path, view: Path) -> None:
-    assert np.array_equal(open_view("set", view.parents[1]).array("tokens"), View(sound).array("tokens"))
-
-
 # ---------------------------------------------------------------------------------------------- files and folders
 
 
@@ -355,8 +336,3 @@ def test_a_plan_that_would_fill_the_machine(view: Path, plan) -> None:  # type: 
     (view.parent / "plan.json").write_text(json.dumps(plan))
     with pytest.raises(CacheError, match="has no batch_size and threads"):
         open_store(view.parent).plan  # noqa: B018
-
-
-def test_a_store_of_another_spec_stops_nobody(view: Path) -> None:
-    spec_file(view).write_text("[" * 100_000)
-    assert create_store(view.parents[1], "tiny", make_spec(dtype="float32"), {}).path.is_dir()

@@ -38,15 +38,9 @@ def test_frames_are_images_of_their_own(tmp_path):
     for row in range(12):
         np.testing.assert_array_equal(decode(data.read(row))[0].numpy(), frames[row])
         assert digest(data.read(row)) == digest(raw, row)
+    assert len({digest(raw, k) for k in range(12)}) == 12 and digest(raw) == digest(raw, 0) != digest(data.read(12))
     assert "1 DICOM files hold 12 frames" in " ".join(data.notes)
     assert data.path(11) == str(tmp_path / "a.dcm")
-
-
-def test_the_digest_of_a_frame_is_of_the_bytes_and_its_number():
-    several, single = dicom_bytes(np.zeros((3, 4, 6), np.uint8)), dicom_bytes(RAMP)
-    assert len({digest(several, k) for k in range(3)}) == 3
-    assert digest(several) == digest(several, 0)  # without a number the first is taken, and it is the same image
-    assert digest(single) != digest(single, 0)
 
 
 def test_frames_in_class_folders_bear_the_label_and_splits_of_their_file(tmp_path):
@@ -94,15 +88,6 @@ def test_headers_are_read_once_in_a_process_and_again_where_a_file_has_changed(t
     assert [len(open_source(tmp_path)) for _ in range(3)] == [2, 2, 2] and len(reads) == 1
     save(tmp_path / "a.dcm", THREE)
     assert len(open_source(tmp_path)) == 3 and len(reads) == 2
-
-
-def test_files_without_an_ending_are_found_by_their_content(tmp_path):
-    for name in ("IM00001", "1.2.840.113619"):
-        save(tmp_path / name)
-    (tmp_path / "README").write_bytes(b"hello" * 99)
-    examples = Path(pydicom.__file__).parent / "data" / "test_files"
-    (tmp_path / "DICOMDIR").write_bytes((examples / "dicomdirtests" / "DICOMDIR").read_bytes())
-    assert open_source(tmp_path).ids == ["1.2.840.113619", "IM00001"]
 
 
 # patients
@@ -160,36 +145,26 @@ def test_frames_of_a_file_without_a_patient_are_hidden_with_their_ids(tmp_path):
 
 def test_which_window_was_taken_is_said(tmp_path):
     patients(tmp_path, "", WindowCenter=[1, 2], WindowWidth=[3, 4])
-    save(tmp_path / "x.dcm")
-    notes = " ".join(open_source(tmp_path).notes)
+    save(tmp_path / "x.dcm", RAMP.astype(np.uint16), BitsStored=12)
+    data = open_source(tmp_path)
+    notes = " ".join(data.notes)
     assert "1 DICOM files hold several windows; the first is used." in notes
     assert "1 DICOM files have no window" in notes
+    assert describe_dataset(data).kinds == {"grey (DICOM)": 1, "12-bit grey (DICOM)": 1}
 
 
-def test_info_tells_bits_and_kinds(tmp_path):
-    save(tmp_path / "a.dcm", RAMP.astype(np.uint16), BitsStored=12)
-    assert describe_dataset(open_source(tmp_path)).kinds == {"12-bit grey (DICOM)": 1}
-
-
-def test_without_pydicom_one_line_says_what_to_install(tmp_path, monkeypatch):
-    monkeypatch.setattr(dicom, "installed", lambda: False)
-    raw = save(tmp_path / "a.dcm")
-    with pytest.raises(SourceError, match=r"1 images of .* are DICOM\. .*pip install 'featurecache\[dicom\]'"):
-        open_source(tmp_path)
-    for ask in (decode, digest, image_header):
-        with pytest.raises(UnreadableImage, match="pip install"):
-            ask(raw)
-
-
-def test_other_images_need_no_pydicom(tmp_path, monkeypatch):
+def test_without_pydicom_other_images_are_read_and_one_line_says_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "pydicom", None)
     monkeypatch.setitem(sys.modules, "pydicom.pixels", None)
     dicom.installed.cache_clear()
     Image.new("L", (4, 4), 7).save(tmp_path / "a.png")
     assert decode(open_source(tmp_path).read(0))[0, 0].tolist() == [7] * 4
     (tmp_path / "b.dcm").write_bytes(b"\0" * 128 + b"DICM")
-    with pytest.raises(SourceError, match=r"1 images of .* are DICOM"):
+    with pytest.raises(SourceError, match=r"1 images of .* are DICOM\. .*pip install 'featurecache\[dicom\]'"):
         open_source(tmp_path)
+    for ask in (decode, digest, image_header):
+        with pytest.raises(UnreadableImage, match="pip install"):
+            ask((tmp_path / "b.dcm").read_bytes())
     monkeypatch.undo()
     dicom.installed.cache_clear()
 
@@ -227,10 +202,14 @@ def test_dicom_is_found_by_its_content_whatever_the_ending(tmp_path):
     raw = save(tmp_path / "a" / "MR.0001.IMA")
     (tmp_path / "b").mkdir()
     (tmp_path / "b" / "scan.old").write_bytes(raw[144 + int.from_bytes(raw[140:144], "little") :])  # no preamble
+    save(tmp_path / "b" / "1.2.840.113619")
     (tmp_path / "b" / "notes.txt").write_text("nothing")
+    (tmp_path / "b" / "README").write_bytes(b"hello" * 99)
+    examples = Path(pydicom.__file__).parent / "data" / "test_files"
+    (tmp_path / "b" / "DICOMDIR").write_bytes((examples / "dicomdirtests" / "DICOMDIR").read_bytes())
     data = open_source(tmp_path)
-    assert data.ids == ["a/MR.0001.IMA", "b/scan.old"]
-    assert [decode(data.read(row))[0, 0, 3] for row in (0, 1)] == [3, 3]
+    assert data.ids == ["a/MR.0001.IMA", "b/1.2.840.113619", "b/scan.old"]
+    assert [decode(data.read(row))[0, 0, 3] for row in range(3)] == [3, 3, 3]
 
 
 def stack(path: Path, pages: np.ndarray) -> bytes:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -33,15 +32,6 @@ def test_class_folders_are_sorted_and_hold_whatever_lies_deeper(tmp_path):
     assert data.read(1) == (tmp_path / "PNEUMONIA/a.png").read_bytes()
 
 
-@pytest.mark.parametrize("words", ["train val test", "Training valid Testing", "TRAIN validation test"])
-def test_split_folders_under_the_names_people_use(tmp_path, words):
-    train, val, test = words.split()
-    data = open_source(pictures(tmp_path, f"{train}/a/1.png", f"{val}/b/2.png", f"{test}/c/3.png", f"{train}/b/4.png"))
-    assert dict(zip(data.ids, data.splits, strict=True))[f"{val}/b/2.png"] == "val"
-    assert Counter(data.splits) == {"train": 2, "val": 1, "test": 1}
-    assert (data.classes, data.task) == (["a", "b", "c"], "multiclass")
-
-
 @pytest.mark.parametrize(
     ("names", "empty", "labels", "note"),
     [
@@ -60,13 +50,15 @@ def test_what_a_split_lacks_is_said_and_classes_keep_their_index(tmp_path, names
     assert (data.labels.tolist(), data.notes) == (labels, (note,))
 
 
-def test_hidden_files_and_other_files_are_ignored_and_counted(tmp_path):
-    pictures(tmp_path, "a/1.png", "b/1.PNG", ".hidden/x.png", "__MACOSX/a/._1.png", "a/._1.png")
+def test_files_that_are_no_images_and_folders_of_systems_are_left_out_and_counted(tmp_path):
+    systems = ["@eaDir/1.png", "$RECYCLE.BIN/1.png", "a/thumbnails/1.png", "lost+found/1.png", ".hidden/1.png"]
+    pictures(tmp_path, "a/1.png", "b/1.PNG", "__MACOSX/a/._1.png", "a/._1.png", *systems)
     for name in ("a/Thumbs.db", "a/.DS_Store", "notes.txt", "a/readme.txt", "a/LICENSE"):
         (tmp_path / name).write_text("-")
     data = open_source(tmp_path)
     assert data.ids == ["a/1.png", "b/1.PNG"]
     assert data.notes[0].startswith("4 files are no images by their names and were ignored (.txt 2, ")
+    assert "6 folders of systems left out ($RECYCLE.BIN/, .hidden/, @eaDir/, … (6 in all))" in data.understood
 
 
 def test_links_are_followed_but_loops_are_not(tmp_path):

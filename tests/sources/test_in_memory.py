@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 from PIL import Image
 from support.small_sets import pictures, refused, shades, shades_of
 
-from featurecache.backbones import load_backbone
 from featurecache.errors import BadOption, SourceError, UnreadableImage
 from featurecache.images.decoding import decode
 from featurecache.sources import open_source, reopen
@@ -75,20 +72,13 @@ def test_what_is_no_image_gets_a_sentence(images, words):
     refused(images, words)
 
 
-@pytest.mark.parametrize(
-    "how",
-    [
-        {"columns": {"label": "x"}},
-        {"leave_out": ["a"]},
-        {"letter_case": "keep"},
-        {"classes_at": 1},
-        {"order": ["a", "b"]},
-        {"root": "."},
-        {"uncertain": "zero"},
-    ],
-)
-def test_words_about_a_folder_or_a_table_are_refused_and_not_ignored(how):
-    refused(shades(3, 5, 4), f"{next(iter(how))} says how a folder or a table is read", **how)
+WORDS = {"columns": {"label": "x"}, "leave_out": ["a"], "letter_case": "keep", "classes_at": 1, "order": ["a", "b"],
+         "root": ".", "uncertain": "zero"}  # fmt: skip
+
+
+@pytest.mark.parametrize("word", WORDS)
+def test_words_about_a_folder_or_a_table_are_refused_and_not_ignored(word):
+    refused(shades(3, 5, 4), f"{word} says how a folder or a table is read", **{word: WORDS[word]})
 
 
 def test_bits_and_pages_are_those_of_listed_files_too(tmp_path):
@@ -101,10 +91,3 @@ def test_bits_and_pages_are_those_of_listed_files_too(tmp_path):
 def test_what_a_program_gave_cannot_be_opened_again():
     with pytest.raises(SourceError, match="3 images in memory were given by a program"):
         reopen(open_source(shades(3, 5, 4)).source)
-
-
-def test_a_backbone_is_named_by_a_text_or_a_path():
-    with pytest.raises(BadOption, match="not by int"):
-        load_backbone(3)
-    with pytest.raises(Exception, match='there is no folder "/nowhere"'):
-        load_backbone(Path("/nowhere"))

@@ -95,6 +95,7 @@ def test_findings_in_one_cell_are_labels_beside_each_other():
     assert classes == ["Effusion", "Mass"]
     np.testing.assert_array_equal(labels, [[0, 0], [1, 1], [0, 1], [np.nan] * 2, [1, 0], [1, 0]])
     assert 'finding holds several findings, divided by "|": 2 labels; No Finding is a row without any' in said
+    assert read("mass|", "mass|NA", " | fluid |mass")[:2] == ([[0, 1], [0, 1], [1, 1]], ["fluid", "mass"])
 
 
 @pytest.mark.parametrize("sign", ["; ", ", ", ";", ","])
@@ -145,12 +146,6 @@ def test_columns_that_are_not_one_hot():
         read_columns({"a": "01", "b": " 0"}, task="binary")
 
 
-def test_spellings_of_one_class_in_a_table():
-    labels, classes, said = read("Normal", "normal", "Normal", "ill")
-    assert (labels, classes) == ([0, 0, 0, 1], ["Normal", "ill"])
-    assert "'Normal' and 'normal' are spellings of one class, Normal" in said
-
-
 def test_words_for_yes_and_no_of_one_column():
     labels, classes, said = read("1", "yes", "1", "0", "False", "0", "")
     assert (labels, classes) == ([1, 1, 1, 0, 0, 0, -1], ["0", "1"])
@@ -180,8 +175,13 @@ def test_a_hundred_numbered_classes_are_classes():
 def test_what_is_no_label_is_refused(values):
     with pytest.raises(SourceError, match=r"a label is a whole number|no column of labels"):
         labels_of_numbers(values, "x")
+
+
+def test_numbers_that_the_classes_do_not_have_are_refused():
     with pytest.raises(SourceError, match="the label 2, and there are 2 classes"):
         labels_of_numbers(np.array([2]), "x", ["a", "b"])
+    with pytest.raises(SourceError, match="x has 2 labels a row, and there are 3 classes"):
+        labels_of_numbers(np.zeros((4, 2)), "x", ["a", "b", "c"])
 
 
 def test_an_image_without_a_group_is_a_group_of_its_own():
@@ -195,16 +195,6 @@ FOLDER = WORD.filter(lambda word: word not in (".", ".."))  # names of no folder
 def test_the_name_of_a_published_set_is_read_as_it_is_written(name, variant, version, folder):
     options = SourceOptions("kind", name, variant, version, f"/{folder}" if folder else "")
     assert SourceOptions.parse("kind", str(options).removeprefix("kind:")) == options
-
-
-def test_several_labels_of_another_number_of_classes_are_refused():
-    with pytest.raises(SourceError, match=r"a\.npy has 2 labels a row, and there are 3 classes"):
-        labels_of_numbers(np.zeros((4, 2)), "a.npy", ["a", "b", "c"])
-
-
-def test_empty_and_missing_parts_of_a_cell_are_no_findings():
-    labels, classes, _ = read("mass|", "mass|NA", " | fluid |mass")
-    assert (labels, classes) == ([[0, 1], [0, 1], [1, 1]], ["fluid", "mass"])
 
 
 def test_one_hot_columns_are_told_from_numbers_and_text():

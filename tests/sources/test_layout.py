@@ -42,52 +42,35 @@ def test_splits_are_no_classes_however_they_are_called(folders):
     assert read(*folders) == {("train", "cats"), ("train", "dogs"), ("test", "cats")}
 
 
-def test_the_two_test_sets_of_fer2013():
-    assert read("Training/angry", "PublicTest/angry", "PrivateTest/angry") == {
-        ("train", "angry"), ("val", "angry"), ("test", "angry"),
-    }  # fmt: skip
+READ = {  # situation -> folders; of each split-class-person or -fold; the level of the classes where it is told
+    "folders above everything": ("chest/xray/N chest/xray/P", "-N -P", None),
+    "folders of images alone": ("A/images A/original B/images B/original", "-A -B", None),
+    "numbers of ImageNet": ("n01440764/images n01443537/images", "-n01440764 -n01443537", None),
+    "persons above classes": ("8863/0 8863/1 8864/0", "-0-8863 -1-8863 -0-8864", None),
+    "persons below classes": ("N/patient1 N/patient2 P/patient3", "-N-patient1 -N-patient2 -P-patient3", None),
+    "persons below one class": ("N P/patient1 P/patient2", "-N- -P-patient1 -P-patient2", None),
+    "persons with studies and no classes":
+        ("train/patient1/study1 valid/patient4/study1", "train--patient1 val--patient4", None),
+    "splits below persons, some without classes":
+        ("patient1/train/a patient1/train/b patient2/test", "train-a-patient1 train-b-patient1 test--patient2", None),
+    "splits below persons": ("P001/train/0 P001/train/1 P002/test/0", "train-0-P001 train-1-P001 test-0-P002", 3),
+    "folds": ("fold_0/all fold_0/hem fold_1/all", "-all-fold_0 -hem-fold_0 -all-fold_1", None),
+    "a class called train inside splits":
+        ("train/train train/bus test/train test/bus", "train-train train-bus test-train test-bus", None),
+    "splits and persons above a told level":
+        ("train/8863/0 train/8863/1 test/8864/0", "train-0-8863 train-1-8863 test-0-8864", 3),
+    "folds above a told level": ("fold1/a fold2/b", "-a-fold1 -b-fold2", 2),
+    "a told class called train": ("bus train car", "-bus -train -car", 1),
+    "told classes of two depths": ("train test/deep", "-train -test", 1),
+}  # fmt: skip
 
 
-def test_folders_above_everything_are_passed():
-    assert read("chest/xray/N", "chest/xray/P") == {("", "N"), ("", "P")}
-    assert read("n01440764/images", "n01443537/images") == {("", "n01440764"), ("", "n01443537")}
-    assert read("A/images", "A/original", "B/images", "B/original") == {("", "A"), ("", "B")}
-    assert rows_of(read_layout(["1.png", "2.png"], "data")) == {("", "")}
-
-
-def test_patients_above_classes_are_groups():
-    assert read("8863/0", "8863/1", "8864/0") == {("", "0", "8863"), ("", "1", "8863"), ("", "0", "8864")}
-
-
-def test_patients_below_classes_are_groups():
-    assert read("N/patient1", "N/patient2", "P/patient3") == {
-        ("", "N", "patient1"), ("", "N", "patient2"), ("", "P", "patient3"),
-    }  # fmt: skip
-    assert read("N", "P/patient1", "P/patient2") == {("", "N", ""), ("", "P", "patient1"), ("", "P", "patient2")}
-
-
-def test_patients_with_studies_have_no_classes():
-    assert read("train/patient00001/study1", "train/patient00002/study1", "valid/patient64/study1") == {
-        ("train", "", "patient00001"), ("train", "", "patient00002"), ("val", "", "patient64"),
-    }  # fmt: skip
-
-
-def test_splits_below_patients_may_have_no_classes():
-    assert read("patient1/train/a", "patient1/train/b", "patient2/test") == {
-        ("train", "a", "patient1"), ("train", "b", "patient1"), ("test", "", "patient2"),
-    }  # fmt: skip
-
-
-def test_the_same_patients_in_two_splits_are_the_same_groups():
-    assert read("P001/train/0", "P001/train/1", "P002/test/0", classes_at=3) == {
-        ("train", "0", "P001"), ("train", "1", "P001"), ("test", "0", "P002"),
-    }  # fmt: skip
+@pytest.mark.parametrize(("folders", "said", "classes_at"), READ.values(), ids=READ)
+def test_what_folders_say_of_splits_classes_persons_and_folds(folders, said, classes_at):
+    assert read(*folders.split(), classes_at=classes_at) == {tuple(row.split("-")) for row in said.split()}
 
 
 def test_folds_are_kept_in_a_column_of_their_own(tmp_path):
-    assert read("fold_0/all", "fold_0/hem", "fold_1/all") == {
-        ("", "all", "fold_0"), ("", "hem", "fold_0"), ("", "all", "fold_1"),
-    }  # fmt: skip
     data = open_source(pictures(tmp_path, "fold_0/all/1.png", "fold_1/hem/2.png"))
     assert (data.meta, data.classes) == ({"fold": ["fold_0", "fold_1"]}, ["all", "hem"])
 
@@ -118,15 +101,6 @@ def test_the_level_of_the_classes_can_be_told(tmp_path):
     refused(tmp_path, "may be CT, MR or, below these, liver, lung")
 
 
-def test_beside_a_told_level_splits_persons_and_folds_are_read():
-    assert read("train/8863/0", "train/8863/1", "test/8864/0", classes_at=3) == {
-        ("train", "0", "8863"), ("train", "1", "8863"), ("test", "0", "8864"),
-    }  # fmt: skip
-    assert read("fold1/a", "fold2/b", classes_at=2) == {("", "a", "fold1"), ("", "b", "fold2")}
-    assert read("bus", "train", "car", classes_at=1) == {("", "bus"), ("", "train"), ("", "car")}
-    assert read("train", "test/deep", classes_at=1) == {("", "train"), ("", "test")}
-
-
 REFUSED = [
     (("seg_train/a", "seg_test/a", "seg_pred"), "beside them seg_pred, which belong to no split"),
     (("bus", "train", "car"), "if all folders of that level are classes, --classes-at 1"),
@@ -153,16 +127,6 @@ def test_a_level_that_images_do_not_reach_is_refused(level):
         read("a", "b/c", classes_at=level)
 
 
-def test_a_level_of_what_has_no_folders_is_refused():
-    refused("digits", "--classes-at is a level of the folders of images", classes_at=1)
-
-
-def test_a_class_called_train_inside_split_folders_is_a_class():
-    assert read("train/train", "train/bus", "test/train", "test/bus") == {
-        (split, name) for split in ("train", "test") for name in ("train", "bus")
-    }
-
-
 def test_folders_that_are_no_part_are_left_out_as_told(tmp_path):
     pictures(
         tmp_path, "set/train/a/1.png", "set/train/b/2.png", "set/test/a/3.png", "set/old/c/4.png", "set/seg/a/5.png"
@@ -174,6 +138,7 @@ def test_folders_that_are_no_part_are_left_out_as_told(tmp_path):
     for name in ("..", "", "set/..", str(tmp_path / "set/old")):
         refused(tmp_path, "there is no such folder in", leave_out=[name])
     refused("digits", "--leave-out is folders of images that are no part", leave_out=["a"])
+    refused("digits", "--classes-at is a level of the folders of images", classes_at=1)
 
 
 # -- spellings and order
@@ -185,11 +150,6 @@ def test_one_class_in_two_cases_is_one_and_said(tmp_path):
     )
     assert (data.classes, data.labels.tolist()) == (["Ill", "Normal"], [1, 0, 1, 1])
     assert "'NORMAL' and 'Normal' are spellings of one class, Normal" in data.source["understood"]
-
-
-def test_one_class_in_two_unicode_forms_is_one(tmp_path):
-    data = open_source(pictures(tmp_path, "train/\u00fcbel/1.png", "train/gut/2.png", "test/u\u0308bel/3.png"))
-    assert data.classes == ["gut", "\u00fcbel"]
 
 
 def test_spellings_in_one_folder_may_be_two_classes(tmp_path):
@@ -217,19 +177,6 @@ def test_names_of_severity_need_an_order_which_is_kept(tmp_path):
     assert reopened(data).classes == data.classes
     refused(tmp_path, "--order names Mild, Severe", order=["Mild", "Severe"])
     refused(pictures(tmp_path / "flat", "1.png"), "has no labels", order=["a"])
-
-
-# -- what is no data
-
-
-def test_folders_of_systems_and_thumbnails_are_left_out_and_counted(tmp_path):
-    others = ["@eaDir/1.png", "$RECYCLE.BIN/1.png", "a/thumbnails/1.png", "lost+found/1.png", ".thumbnails/1.png"]
-    data = open_source(pictures(tmp_path, "a/1.png", "b/2.png", *others))
-    assert data.ids == ["a/1.png", "b/2.png"]
-    assert (
-        "5 folders of systems left out ($RECYCLE.BIN/, .thumbnails/, @eaDir/, … (5 in all))"
-        in data.source["understood"]
-    )
 
 
 def test_the_names_of_persons_are_in_nothing_that_is_said(tmp_path):

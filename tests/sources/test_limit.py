@@ -11,7 +11,7 @@ from support.command import call
 from support.small_sets import npz, pictures, shades
 
 from featurecache.errors import BadOption
-from featurecache.sources import open_source, reopen
+from featurecache.sources import limit_images, open_source, reopen
 from featurecache.sources.base import Dataset, ImageArrays, ImageFiles
 
 
@@ -62,8 +62,6 @@ def test_several_labels_are_drawn_by_the_rarest_that_an_image_has():
         name="x", source={"data": "x"}, ids=names, labels=labels, splits=[""] * 40, classes=["a", "b"],
         task="multilabel", images=ImageArrays([list(range(40))]),
     )  # fmt: skip
-    from featurecache.sources.limit import limit_images
-
     assert int(limit_images(data, 10, 0).labels[:, 1].sum()) == 1
 
 

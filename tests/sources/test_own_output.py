@@ -12,7 +12,7 @@ from support.small_sets import encoded, pictures, refused
 from support.tuning import vit
 
 from featurecache.sources import open_source
-from featurecache.sources.own_output import is_own_output
+from featurecache.sources.folders import is_own_output
 from heads.models.finetune import save_backbone
 from heads.studies import runner
 from heads.studies.spec import Extract, ImageSet, Question, Study

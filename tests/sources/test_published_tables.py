@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from support.small_sets import pictures, reopened, table
+from support.small_sets import pictures, refused, reopened, table
 
 from featurecache.sources import Dataset, open_source
 
@@ -18,20 +18,78 @@ def classes_of(data: Dataset) -> list[str]:
     return ["" if label < 0 else data.classes[label] for label in data.labels.tolist()]
 
 
-def test_nih_chest_x_ray_14(tmp_path):
-    header = "Image Index,Finding Labels,Follow-up #,Patient ID,Patient Age,Patient Gender,View Position"
-    header += ",OriginalImage[Width,Height],OriginalImagePixelSpacing[x,y],"
-    rows = [
-        "00000001_000.png,Cardiomegaly,0,1,58,M,PA,2682,2749,0.143,0.143,",
-        "00000001_001.png,Cardiomegaly|Emphysema,1,1,58,M,PA,2894,2729,0.143,0.143,",
-        "00000002_000.png,No Finding,0,2,81,M,PA,2500,2048,0.171,0.171,",
-    ]
-    images = [f"images_001/images/{row.split(',')[0]}" for row in rows]
-    data = open_source(written(tmp_path, "Data_Entry_2017.csv", header, rows, *images))
-    assert (data.task, data.classes, data.groups) == ("multilabel", ["Cardiomegaly", "Emphysema"], ["1", "1", "2"])
-    assert data.labels.tolist() == [[1, 0], [1, 1], [0, 0]]
-    assert data.meta["Patient Age"].tolist() == [58, 58, 81] and data.read(2)
-    reopened(data)
+NAN = np.nan
+TABLES = {  # name of the file, how it is opened, header, rows, form of the images' paths; what the dataset has
+    "NIH ChestX-ray14": (
+        "Data_Entry_2017.csv", {}, "Image Index,Finding Labels,Follow-up #,Patient ID,Patient Age,Patient Gender,"
+        "View Position,OriginalImage[Width,Height],OriginalImagePixelSpacing[x,y],",
+        ["00000001_000.png,Cardiomegaly,0,1,58,M,PA,2682,2749,0.143,0.143,",
+         "00000001_001.png,Cardiomegaly|Emphysema,1,1,58,M,PA,2894,2729,0.143,0.143,",
+         "00000002_000.png,No Finding,0,2,81,M,PA,2500,2048,0.171,0.171,"],
+        "images_001/images/{0}", {"classes": ["Cardiomegaly", "Emphysema"], "labels": [[1, 0], [1, 1], [0, 0]],
+                                  "groups": ["1", "1", "2"], "Patient Age": [58, 58, 81]},
+    ),
+    "PadChest": (
+        "PADCHEST_labels_160K.csv", {},
+        ",ImageID,ImageDir,StudyDate_DICOM,StudyID,PatientID,PatientBirth,Projection,Labels,Report",
+        ["0,20_k6.png,0,20140915,2053,839860,1930.0,L,\"['pulmonary emphysema', 'chronic changes']\",cambio pulmonar",
+         "1,13_uj.png,0,20120630,1383,839860,1930.0,PA,['normal'],sin hallazgos",
+         "2,11_xx.png,0,20120701,1384,839861,,PA,\"['chronic changes', 'normal']\",",
+         "3,12_xx.png,0,20120701,1385,839862,,PA,,"],
+        "0/{1}", {"classes": ["chronic changes", "normal", "pulmonary emphysema"],
+                  "labels": [[1, 0, 1], [0, 1, 0], [1, 1, 0], [NAN] * 3],
+                  "groups": ["839860", "839860", "839861", "839862"]},
+    ),
+    "the splits of MIMIC-CXR": (
+        "mimic-cxr-2.0.0-split.csv", {}, "dicom_id,study_id,subject_id,split",
+        ["02aa804e,50414267,10000032,train", "174413ec,50414267,10000032,validate", "2a2277a9,53189527,10000764,test"],
+        "files/p10/p{2}/s{1}/{0}.jpg", {"splits": ["train", "val", "test"], "task": "unlabelled",
+            "groups": ["10000032", "10000032", "10000764"], "study_id": [50414267, 50414267, 53189527]},
+    ),
+    "VinDr-CXR, a row for each box": (
+        "train.csv", {}, "image_id,class_name,class_id,rad_id,x_min,y_min,x_max,y_max",
+        ["50a418190bc3,No finding,14,R11,,,,", "9a5094b2563a,Cardiomegaly,3,R10,691.0,1375.0,1653.0,1831.0",
+         "50a418190bc3,No finding,14,R15,,,,", "9a5094b2563a,Aortic enlargement,0,R9,1052.0,715.0,1299.0,966.0",
+         "051132a778e6,Cardiomegaly,3,R9,100.0,90.0,110.0,120.0"],
+        "train/{0}.png", {"classes": ["Aortic enlargement", "Cardiomegaly"], "labels": [[0, 0], [1, 1], [0, 1]],
+                          "understood": "5 rows are 3 images, the findings of the rows of one several labels; "
+                                        "columns left out, different between the rows of an image: ",
+                          "ids": ["50a418190bc3", "9a5094b2563a", "051132a778e6"]},
+    ),
+    "RSNA, a row for each box": (
+        "stage_2_train_labels.csv", {"columns": {"path": "patientId"}}, "patientId,x,y,width,height,Target",
+        ["0004cfab,,,,,0", "00436515,264.0,152.0,213.0,379.0,1", "00436515,562.0,152.0,256.0,453.0,1"],
+        "stage_2_train_images/{0}.png", {"classes": ["0", "1"], "labels": [0, 1], "ids": ["0004cfab", "00436515"]},
+    ),
+    "HAM10000": (
+        "HAM10000_metadata.csv", {}, "lesion_id,image_id,dx,dx_type,age,sex,localization",
+        ["HAM_0000118,ISIC_0027419,bkl,histo,80.0,male,scalp", "HAM_0000118,ISIC_0025030,bkl,histo,80.0,male,scalp",
+         "HAM_0002730,ISIC_0026769,nv,histo,,male,scalp"],
+        "HAM10000_images_part_{part}/{1}.jpg", {"classes": ["bkl", "nv"], "labels": [0, 0, 1],
+                                           "groups": ["HAM_0000118", "HAM_0000118", "HAM_0002730"]},
+    ),
+    "APTOS": (
+        "train.csv", {"task": "ordinal"}, "id_code,diagnosis",
+        ["000c1434d8d7,2", "001639a390f0,4", "0024cdab0c1e,1", "002c21358ce6,0"],
+        "train_images/{0}.png", {"task": "ordinal", "classes": ["0", "1", "2", "4"], "labels": [2, 3, 1, 0]},
+    ),
+    "EyePACS, two eyes of a person": (
+        "trainLabels.csv", {}, "image,level", ["10_left,0", "10_right,0", "13_left,2", "13_right,1"],
+        "train/{0}.jpeg", {"classes": ["0", "1", "2"], "labels": [0, 0, 2, 1], "groups": ["10", "10", "13", "13"]},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "how", "header", "rows", "form", "about"), TABLES.values(), ids=TABLES)
+def test_a_published_table_opens_as_it_is(tmp_path, name, how, header, rows, form, about):
+    images = dict.fromkeys(form.format(*row.split(","), part=1 + k % 2) for k, row in enumerate(rows))
+    data = reopened(open_source(written(tmp_path, name, header, rows, *images), **how))
+    for field, expected in about.items():
+        if field == "understood":
+            assert expected in data.source[field]
+        else:
+            np.testing.assert_array_equal(data.meta.get(field, getattr(data, field, None)), expected, field)
+    assert all(data.read(row) for row in range(len(data)))
 
 
 @pytest.mark.parametrize(("uncertain", "value"), [(None, np.nan), ("zero", 0), ("one", 1)])
@@ -56,72 +114,6 @@ def test_chexpert(tmp_path, uncertain, value):
     reopened(data)
 
 
-def test_padchest(tmp_path):
-    header = ",ImageID,ImageDir,StudyDate_DICOM,StudyID,PatientID,PatientBirth,Projection,Labels,Report"
-    rows = [
-        "0,20_k6.png,0,20140915,2053,839860,1930.0,L,\"['pulmonary emphysema', 'chronic changes']\",cambio pulmonar",
-        "1,13_uj.png,0,20120630,1383,839860,1930.0,PA,['normal'],sin hallazgos",
-        "2,11_xx.png,0,20120701,1384,839861,,PA,\"['chronic changes', 'normal']\",",
-        "3,12_xx.png,0,20120701,1385,839862,,PA,,",
-    ]
-    names = [f"0/{row.split(',')[1]}" for row in rows]
-    data = open_source(written(tmp_path, "PADCHEST_labels_160K.csv", header, rows, *names))
-    assert data.classes == ["chronic changes", "normal", "pulmonary emphysema"]
-    np.testing.assert_array_equal(data.labels, [[1, 0, 1], [0, 1, 0], [1, 1, 0], [np.nan] * 3])
-    assert data.groups == ["839860", "839860", "839861", "839862"]
-
-
-def test_mimic_cxr_split_table(tmp_path):
-    header = "dicom_id,study_id,subject_id,split"
-    rows = [
-        "02aa804e,50414267,10000032,train",
-        "174413ec,50414267,10000032,validate",
-        "2a2277a9,53189527,10000764,test",
-    ]
-    names = [f"files/p10/p{r.split(',')[2]}/s{r.split(',')[1]}/{r.split(',')[0]}.jpg" for r in rows]
-    data = open_source(written(tmp_path, "mimic-cxr-2.0.0-split.csv", header, rows, *names))
-    assert (data.splits, data.groups) == (["train", "val", "test"], ["10000032", "10000032", "10000764"])
-    assert (data.task, data.meta["study_id"].tolist()[0]) == ("unlabelled", 50414267) and data.read(0)
-
-
-def test_vindr_cxr_has_a_row_for_each_box(tmp_path):
-    header = "image_id,class_name,class_id,rad_id,x_min,y_min,x_max,y_max"
-    rows = [
-        "50a418190bc3,No finding,14,R11,,,,",
-        "9a5094b2563a,Cardiomegaly,3,R10,691.0,1375.0,1653.0,1831.0",
-        "50a418190bc3,No finding,14,R15,,,,",
-        "9a5094b2563a,Aortic enlargement,0,R9,1052.0,715.0,1299.0,966.0",
-        "051132a778e6,Cardiomegaly,3,R9,100.0,90.0,110.0,120.0",
-    ]
-    names = [f"train/{name}.png" for name in ("50a418190bc3", "9a5094b2563a", "051132a778e6")]
-    data = open_source(written(tmp_path, "train.csv", header, rows, *names))
-    assert (data.classes, data.labels.tolist()) == (["Aortic enlargement", "Cardiomegaly"], [[0, 0], [1, 1], [0, 1]])
-    assert data.ids == ["50a418190bc3", "9a5094b2563a", "051132a778e6"]
-    assert "5 rows are 3 images, the findings of the rows of one several labels" in data.understood
-    assert "columns left out, different between the rows of an image" in data.source["understood"]
-
-
-def test_rsna_has_a_row_for_each_box(tmp_path):
-    header = "patientId,x,y,width,height,Target"
-    rows = ["0004cfab,,,,,0", "00436515,264.0,152.0,213.0,379.0,1", "00436515,562.0,152.0,256.0,453.0,1"]
-    names = [f"stage_2_train_images/{name}.png" for name in ("0004cfab", "00436515")]
-    file = written(tmp_path, "stage_2_train_labels.csv", header, rows, *names)
-    data = open_source(file, columns={"path": "patientId"})
-    assert (data.ids, data.classes, data.labels.tolist()) == (["0004cfab", "00436515"], ["0", "1"], [0, 1])
-
-
-def test_ham10000(tmp_path):
-    header = "lesion_id,image_id,dx,dx_type,age,sex,localization"
-    rows = [
-        "HAM_0000118,ISIC_0027419,bkl,histo,80.0,male,scalp",
-        "HAM_0000118,ISIC_0025030,bkl,histo,80.0,male,scalp",
-        "HAM_0002730,ISIC_0026769,nv,histo,,male,scalp",
-    ]
-    names = [f"HAM10000_images_part_{1 + k % 2}/{row.split(',')[1]}.jpg" for k, row in enumerate(rows)]
-    data = open_source(written(tmp_path, "HAM10000_metadata.csv", header, rows, *names))
-    assert (classes_of(data), data.groups) == (["bkl", "bkl", "nv"], ["HAM_0000118", "HAM_0000118", "HAM_0002730"])
-
-
 @pytest.mark.parametrize("names", ["MEL,NV,BCC,AKIEC,BKL,DF,VASC", "MEL,NV,BCC,AK,BKL,DF,VASC,SCC,UNK"])
 def test_isic_2018_and_2019_ground_truth(tmp_path, names):
     width = names.count(",") + 1
@@ -134,32 +126,19 @@ def test_isic_2018_and_2019_ground_truth(tmp_path, names):
     assert open_source(file, columns={"label": names}, task="multilabel").labels.shape == (3, width)
 
 
-def test_aptos(tmp_path):
-    rows = ["000c1434d8d7,2", "001639a390f0,4", "0024cdab0c1e,1", "002c21358ce6,0"]
-    names = [f"train_images/{row.split(',')[0]}.png" for row in rows]
-    data = open_source(written(tmp_path, "train.csv", "id_code,diagnosis", rows, *names), task="ordinal")
-    assert (data.task, classes_of(data), data.classes) == ("ordinal", ["2", "4", "1", "0"], ["0", "1", "2", "4"])
-
-
-def test_eyepacs_has_two_eyes_of_a_person(tmp_path):
-    rows = ["10_left,0", "10_right,0", "13_left,2", "13_right,1"]
-    names = [f"train/{row.split(',')[0]}.jpeg" for row in rows]
-    data = open_source(written(tmp_path, "trainLabels.csv", "image,level", rows, *names))
-    assert (classes_of(data), data.groups) == (["0", "0", "2", "1"], ["10", "10", "13", "13"])
-
-
 # -- several rows of one image, and columns that group
 
 
 def test_rows_of_one_image_that_agree_are_one_and_those_that_do_not_are_refused(tmp_path):
-    from support.small_sets import refused
-
     pictures(tmp_path, "a.png", "b.png")
     data = open_source(table(tmp_path, "path,label,note\na.png,x,1\nb.png,y,1\na.png,X,2\n"))
     assert (data.ids, data.labels.tolist(), list(data.meta)) == (["a.png", "b.png"], [0, 1], [])
     several = table(tmp_path, "path,label\na.png,x\na.png,y\nb.png,y\n")
     assert open_source(several, task="multilabel").labels.tolist() == [[1, 1], [0, 1]]
-    refused(table(tmp_path, "path,label,x\na.png,0,5\na.png,1,6\n"), "lists a.png twice", "label '0' and '1'")
+    assert open_source(table(tmp_path, "path,label\na.png,x\na.png,NA\nb.png,y\n")).labels.tolist() == [0, 1]
+    numbers = table(tmp_path, "path,label,x\na.png,0,5\na.png,1,6\n")
+    for task in (None, "multilabel"):  # which are no findings
+        assert "--task" not in refused(numbers, "lists a.png twice", "label '0' and '1'", task=task)
     refused(table(tmp_path, "path,label,split\na.png,x,train\na.png,x,test\n"), "split 'train' and 'test'")
     one_hot = table(tmp_path, "path,a,b\nb.png,1,0\na.png,1,0\na.png,0,1\n")
     refused(one_hot, "rows 3 and 4: a '1' and '0'", columns={"label": "a,b"})
@@ -195,17 +174,16 @@ def test_a_column_that_repeats_is_named_and_one_of_yes_and_no_is_no_group(tmp_pa
 # -- what Excel and others make of a CSV
 
 
-@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
-@pytest.mark.parametrize("first", ["", "sep=;\r\n"])
-def test_a_csv_of_excel(tmp_path, encoding, first):
-    pictures(tmp_path, "a.png", "b.png")
-    (tmp_path / "t.csv").write_bytes(f"{first}path;label;note\r\na.png;x;1,5\r\nb.png;y;2,5\r\n".encode(encoding))
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-be"])
+@pytest.mark.parametrize(("first", "sign"), [("", ";"), ("sep=;\r\n", ";"), ("", "\t"), ("", "|")])
+def test_a_csv_of_excel(tmp_path, encoding, first, sign):
+    pictures(tmp_path, "\u00fc.png", "b.png")
+    text = f"{first}path;label;note\r\n\u00fc.png;x;1,5\r\nb.png;y;2,5\r\n".replace(";", sign)
+    (tmp_path / "t.csv").write_bytes(("\ufeff" * (encoding == "utf-16-be") + text).encode(encoding))
     data = open_source(tmp_path / "t.csv")
-    assert (data.ids, classes_of(data), data.meta["note"]) == (["a.png", "b.png"], ["x", "y"], ["1,5", "2,5"])
+    assert (data.ids, classes_of(data), data.meta["note"]) == (["\u00fc.png", "b.png"], ["x", "y"], ["1,5", "2,5"])
 
 
 def test_rows_are_counted_from_the_top_of_the_file(tmp_path):
-    from support.small_sets import refused
-
     (tmp_path / "t.csv").write_text("sep=,\npath,label\na.png,x\n,y\n")
     refused(tmp_path / "t.csv", "row 4 has no path")

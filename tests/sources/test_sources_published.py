@@ -7,7 +7,6 @@ import io
 import pickle
 import sys
 from collections import Counter
-from dataclasses import replace
 from pathlib import Path
 
 import h5py
@@ -19,7 +18,7 @@ from support.published_sets import CIFAR10, cifar10, cifar100, eurosat, flowers1
 from support.small_sets import refused, reopened
 
 from featurecache.errors import NotFetched, UnreadableImage
-from featurecache.sources import SOURCES, fetching, open_source, reopen
+from featurecache.sources import SOURCES, fetching, open_source
 from featurecache.sources.medmnist import MEDMNIST
 from featurecache.sources.torchvision_catalogue import SETS
 from featurecache.sources.torchvision_datasets import NAMES
@@ -300,16 +299,6 @@ def test_half_unpacked_is_not_taken_for_the_whole(tmp_path, monkeypatch):
         lambda url, download_root, **_: eurosat(Path(download_root).parent),
     )
     assert len(open_source(f"torchvision:EuroSAT@{tmp_path}/sets")) == 9
-
-
-def test_opening_again_never_fetches(tmp_path, monkeypatch):
-    eurosat(tmp_path)
-    source = open_source(f"torchvision:EuroSAT@{tmp_path}").source
-    (tmp_path / "eurosat").rename(tmp_path / "elsewhere")
-    known = replace(SOURCES["torchvision"], fetch=lambda _: pytest.fail("it fetched"))
-    monkeypatch.setitem(SOURCES, "torchvision", known)
-    with pytest.raises(NotFetched, match="is not on this machine"):
-        reopen(source)
 
 
 def test_every_source_that_is_named_can_be_fetched():

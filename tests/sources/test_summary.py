@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import tarfile
 
 import numpy as np
 import pytest
@@ -11,7 +10,6 @@ from PIL import Image
 from support.small_sets import listed, pictures, table
 
 from featurecache.errors import CannotWrite
-from featurecache.images import decoding
 from featurecache.images.decoding import digest
 from featurecache.images.headers import ImageHeader
 from featurecache.sources import open_source, summary
@@ -86,28 +84,3 @@ def test_contact_sheet_of_several_labels_and_of_none(tmp_path):
     assert (tmp_path / "1.png").stat().st_size > 500 < (tmp_path / "2.png").stat().st_size
     with pytest.raises(CannotWrite):
         contact_sheet(open_source(file), tmp_path / "1.png" / "below-a-file.png")
-
-
-def test_pneumoniamnist_has_its_published_counts_and_known_copies(real_data):
-    data = open_source(real_data / "pneumoniamnist.npz")
-    about = describe_dataset(data, [digest(data.read(row)) for row in range(len(data))])
-    assert (about.classes, about.task) == (["normal", "pneumonia"], "binary")
-    assert (about.splits, about.totals) == (["train", "val", "test"], [4708, 524, 624])
-    assert about.counts == [[1214, 135, 234], [3494, 389, 390]]
-    assert (about.duplicates.total, about.duplicates.two_labels) == (29, 0)
-    assert about.duplicates.within == {"train": 18, "val": 0, "test": 3}
-    assert about.duplicates.across == {"train+val": 8, "train+test": 0, "val+test": 0}
-
-
-@pytest.mark.integration
-def test_medical_mnist_is_six_thousand_small_grey_jpegs(real_data, tmp_path):
-    with tarfile.open(real_data / "medical-mnist.tar.xz") as archive:
-        archive.extractall(tmp_path, filter="data")
-    data = open_source(tmp_path / "medical-mnist")
-    about = describe_dataset(data)
-    assert about.classes == ["AbdomenCT", "BreastMRI", "CXR", "ChestCT", "Hand", "HeadCT"]
-    assert about.counts == [[800, 100, 100]] * 6
-    assert (about.sizes["smallest"], about.sizes["largest"], about.kinds) == ([64, 64], [64, 64], {"grey": 200})
-    row = data.ids.index("train/CXR/000017.jpeg")
-    expected = np.asarray(Image.open(tmp_path / "medical-mnist/train/CXR/000017.jpeg").convert("RGB"))
-    np.testing.assert_array_equal(decoding.decode(data.read(row)).permute(1, 2, 0).numpy(), expected)

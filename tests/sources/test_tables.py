@@ -7,6 +7,7 @@ import gzip
 import json
 import sys
 import zipfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -36,33 +37,11 @@ def test_csv_with_splits_groups_and_further_columns(tmp_path):
     assert "splits from Split (Test is test)" in data.understood
 
 
-def test_several_label_columns_with_unknown_entries(tmp_path):
-    file = listed(tmp_path, "image,Effusion,Mass,note\na.png,1,0,x\nb.png,,1.0,y\nc.png,NaN,False,z\n")
-    data = open_source(file, columns={"label": "Effusion,Mass"})
-    np.testing.assert_array_equal(data.labels, np.array([[1, 0], [np.nan, 1], [np.nan, 0]], np.float32))
-    assert (data.task, data.classes, data.labels.dtype) == ("multilabel", ["Effusion", "Mass"], np.float32)
-    assert list(data.meta) == ["note"]
-
-
-@pytest.mark.parametrize(
-    ("text", "task", "classes", "labels"),
-    [
-        ("path,label\na,10\nb,9\nc,2.0\nd,\ne,9\n", "ordinal", ["2", "9", "10"], [2, 1, 0, -1, 1]),
-        ("path,label,split\na,x,test\nb,y,test\n", None, ["x", "y"], [0, 1]),  # without train rows all count
-        ("path,label\na,1\nb,0\n", "multilabel", ["label"], [[1], [0]]),
-        ("path,label\na,1\nb,0\n", "unlabelled", [], [-1, -1]),
-    ],
-)
-def test_labels_of_one_column(tmp_path, text, task, classes, labels):
-    data = open_source(listed(tmp_path, text), task=task)
-    assert (data.classes, data.labels.tolist(), data.task) == (classes, labels, task or "binary")
-
-
-@pytest.mark.parametrize(("name", "delimiter"), [("t.csv", ";"), ("t.tsv", "\t"), ("t.csv", "|")])
-def test_other_delimiters(tmp_path, name, delimiter):
-    rows = [["path", "label"], ['"a, b.png"', "x"], ["c.png", "y"]]
-    file = listed(tmp_path, "\n".join(delimiter.join(row) for row in rows), name)
-    assert open_source(file).ids == ["a, b.png", "c.png"]
+def test_without_train_rows_all_labels_count_and_none_where_none_are_wanted(tmp_path):
+    file = listed(tmp_path, "path,label,split\na,x,test\nb,y,test\n")
+    for task, classes, labels in (("binary", ["x", "y"], [0, 1]), ("unlabelled", [], [-1, -1])):
+        data = open_source(file, task=task)
+        assert (data.classes, data.labels.tolist(), data.task) == (classes, labels, task)
 
 
 def test_parquet_is_read_like_the_csv_of_it(tmp_path):
@@ -91,13 +70,17 @@ def test_parquet_without_rows_or_that_is_none_is_refused(tmp_path, monkeypatch):
     refused(file, "featurecache[parquet]")
 
 
+def parquet(folder: Path, columns: dict[str, list], about: dict | None = None) -> Path:
+    """A table of these columns, in row groups of two; ``about``: the metadata of its schema."""
+    arrow, writer = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    writer.write_table(arrow.table(columns).replace_schema_metadata(about), folder / "t.parquet", row_group_size=2)
+    return folder / "t.parquet"
+
+
 @pytest.mark.parametrize("inner", [True, False])
 def test_parquet_with_the_images_inside(tmp_path, inner):
-    arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
     cells = [{"bytes": encoded(k), "path": f"{k}.png"} if inner else encoded(k) for k in range(6)]
-    table = arrow.table({"image": cells, "label": [0, 1] * 3, "box": [[{"x": 1}]] * 6})
-    parquet.write_table(table, tmp_path / "t.parquet", row_group_size=2)
-    data = open_source(tmp_path / "t.parquet")
+    data = open_source(parquet(tmp_path, {"image": cells, "label": [0, 1] * 3, "box": [[{"x": 1}]] * 6}))
     assert (shades_of(data), data.labels.tolist(), data.classes) == ([*range(6)], [0, 1] * 3, ["0", "1"])
     assert data.ids == [f"{k}.png" if inner else f"t.parquet:{k}" for k in range(6)]
     assert "images inside t.parquet, in its column image" in data.understood
@@ -106,30 +89,23 @@ def test_parquet_with_the_images_inside(tmp_path, inner):
 
 
 def test_parquet_of_the_hub_names_its_classes_and_may_lack_an_image(tmp_path):
-    arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
     features = {"label": {"names": ["cat", "dog"], "_type": "ClassLabel"}, "image": {"_type": "Image"}}
     about = {"huggingface": json.dumps({"info": {"features": features}})}
     cells = [{"bytes": encoded(0), "path": None}, {"bytes": None, "path": None}, {"bytes": encoded(2), "path": None}]
-    table = arrow.table({"image": cells, "label": [1, 0, -1]}).replace_schema_metadata(about)
-    parquet.write_table(table, tmp_path / "t.parquet")
-    data = open_source(tmp_path / "t.parquet")
+    data = open_source(parquet(tmp_path, {"image": cells, "label": [1, 0, -1]}, about))
     assert (data.classes, data.labels.tolist()) == (["cat", "dog"], [1, 0, -1])
     with pytest.raises(UnreadableImage, match="no image in this row"):
         data.read(1)
 
 
 def test_parquet_with_two_columns_of_images_is_refused(tmp_path):
-    arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
-    parquet.write_table(arrow.table({"left": [encoded(0)], "right": [encoded(1)]}), tmp_path / "t.parquet")
-    refused(tmp_path / "t.parquet", "several columns hold images: left, right")
+    file = parquet(tmp_path, {"left": [encoded(0)], "right": [encoded(1)]})
+    refused(file, "several columns hold images: left, right")
 
 
 def test_lists_in_parquet_are_findings(tmp_path):
-    arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
     pictures(tmp_path, "a.png", "b.png")
-    columns = {"path": ["a.png", "b.png"], "label": [["mass", "edema"], ["normal"]]}
-    parquet.write_table(arrow.table(columns), tmp_path / "t.parquet")
-    data = open_source(tmp_path / "t.parquet")
+    data = open_source(parquet(tmp_path, {"path": ["a.png", "b.png"], "label": [["mass", "edema"], ["normal"]]}))
     assert (data.classes, data.labels.tolist()) == (["edema", "mass"], [[1, 1], [0, 0]])
 
 
@@ -166,16 +142,6 @@ def test_paths_of_another_machine_are_refused_and_taken_with_root(tmp_path):
     assert "the first 2 folders of the paths left out" in data.source["understood"]
     reopened(data)
     refused(file, "there is no such folder", root=str(tmp_path / "gone"))
-
-
-def test_a_folder_has_no_other_root(tmp_path):
-    refused(pictures(tmp_path, "a.png"), "--root is where the images of a table lie", root=str(tmp_path))
-
-
-def test_a_path_that_lies_under_another_root_alone(tmp_path):
-    pictures(tmp_path / "images", "a.png", "b.png")
-    file = table(tmp_path / "lists", "path,label\na.png,x\nb.png,y\n")
-    assert shades_of(open_source(file, root=str(tmp_path / "images"))) == [0, 1]
 
 
 def test_images_that_are_there_behind_many_that_are_not(tmp_path):
@@ -228,6 +194,8 @@ def test_further_columns_are_numbers_where_all_are_and_codes_keep_their_zeros(tm
         ("path,label\na,x\n", {"lable": "label"}, ["cannot name a 'lable'"]),
         ("path,a,b\nx,1,0\n", {"split": "a,b"}, ["the split is one column"]),
         ("path,label\na,x\na,y\n", None, ["lists a twice (rows 2 and 3: label 'x' and 'y')", "--task multilabel"]),
+        ("path,label\na,NA\na,1\na,0\n", None, ["lists a twice (rows 3 and 4: label '1' and '0')"]),
+        ("path,label\na,\na,x\na,y\n", None, ["lists a twice (rows 3 and 4: label 'x' and 'y')"]),
         ("path,label\n,x\n", None, ["row 2 has no path"]),
         ("path,label,fold\na,x,1\nb,y,2\n", None, ["'fold' is \"1\", expected train, val or test", "--column split="]),
         ("path,label\na,x,y\n", None, ["row 2 has 3 fields, the header 2"]),
@@ -246,15 +214,11 @@ def test_tables_that_are_wrong_get_their_sentence(tmp_path, text, columns, words
     refused(tmp_path / "list.csv", *words, columns=columns)
 
 
-def test_an_empty_column_name_says_there_is_none(tmp_path):
-    data = open_source(listed(tmp_path, "path,label,fold\na,x,1\nb,y,2\n"), columns={"split": ""})
-    assert (data.splits, data.meta["fold"].tolist()) == (["", ""], [1, 2])
-
-
 def test_columns_are_for_tables_and_a_folder_is_one_whatever_it_is_called(tmp_path):
     (tmp_path / "t.csv").mkdir()
     refused(tmp_path / "t.csv", "no images in")
     refused(tmp_path / "t.csv", "is no table", columns={"label": "x"})
+    refused(pictures(tmp_path, "a.png"), "--root is where the images of a table lie", root=str(tmp_path))
 
 
 PATHS = st.from_regex(r"[a-z,; \"|]{0,9}[a-z]", fullmatch=True).map(str.strip)
@@ -356,11 +320,6 @@ def test_a_table_of_labels_for_features_without_a_label_is_refused(tmp_path):
         read_annotations(str(table(tmp_path, "a,b\n1,2\n")), None, None)
 
 
-def test_rows_of_one_image_of_which_one_says_nothing_agree(tmp_path):
-    data = open_source(listed(tmp_path, "path,label\na.png,x\na.png,NA\nb.png,y\n"))
-    assert (data.ids, data.labels.tolist()) == (["a.png", "b.png"], [0, 1])
-
-
 def test_a_column_that_is_the_label_leaves_the_groups_to_another(tmp_path):
     rows = "path,patient,subject\na.png,x,1\nb.png,y,1\n"
     assert open_source(listed(tmp_path, rows), columns={"label": "patient"}).groups == ["1", "1"]
@@ -369,17 +328,3 @@ def test_a_column_that_is_the_label_leaves_the_groups_to_another(tmp_path):
 def test_what_is_no_image_is_not_found_below_the_table(tmp_path):
     (pictures(tmp_path, "sub/1.png") / "sub/a.dat").write_text("")
     refused(table(tmp_path, "path,label\na.dat,x\n"), "looked for", "a.dat")
-
-
-@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-be", "utf-8-sig"])
-def test_the_unicode_text_of_excel_is_read(tmp_path, encoding):
-    pictures(tmp_path, "\u00fc.png")
-    text = "\ufeff" * (encoding == "utf-16-be") + "path\tlabel\r\n\u00fc.png\tx\r\n"
-    (tmp_path / "list.csv").write_bytes(text.encode(encoding))
-    assert open_source(tmp_path / "list.csv").ids == ["\u00fc.png"]
-
-
-@pytest.mark.parametrize("task", [None, "multilabel"])
-def test_numbers_that_contradict_each_other_are_no_several_findings(tmp_path, task):
-    text = refused(table(tmp_path, "path,label\na,1\na,2\n"), "lists a twice", task=task)
-    assert "--task multilabel" not in text

@@ -59,11 +59,6 @@ def test_unicode_forms_and_spaces_are_spellings() -> None:
     assert spelling_key("a  b") == spelling_key("A b ") != spelling_key("ab")
 
 
-def test_single_letters_of_two_cases_are_refused() -> None:
-    with pytest.raises(SourceError, match="d has 'A' and 'a': one class or two"):
-        one_spelling({"A": 1, "a": 2}, "d")
-
-
 def test_numbers_are_in_the_order_of_numbers() -> None:
     assert in_order(["10", "9", "-1", "2"], "ordinal", None, "d") == ["-1", "2", "9", "10"]
     assert in_order(["grade-10", "grade-2"], None, None, "d") == ["grade-2", "grade-10"]
@@ -76,8 +71,3 @@ def test_ordinal_names_need_an_order() -> None:
         in_order(grades, "ordinal", None, "d")
     assert in_order(grades, None, None, "d") == grades
     assert in_order(grades, "ordinal", ["no_dr", "Mild", "Moderate"], "d") == ["No_DR", "Mild", "Moderate"]
-
-
-def test_an_order_of_other_classes_is_refused() -> None:
-    with pytest.raises(SourceError, match="--order names a, c, and d has a, b"):
-        in_order(["a", "b"], None, ["a", "c"], "d")

@@ -78,13 +78,6 @@ def test_samples_with_two_fields_of_labels_are_predicted_without_them(tmp_path):
     assert (open_images(data).task, open_images(data).ids) == ("unlabelled", ["two.tar:1", "two.tar:2"])
 
 
-def test_of_several_images_of_a_sample_each_may_be_meant(tmp_path):
-    data = tar(tmp_path / "x.tar", ("1.png", encoded(1)), ("1.jpg", encoded(2, "JPEG")))
-    with pytest.raises(SeveralReadings, match=r"x.tar:1 has several images \(png, jpg\)") as caught:
-        open_source(data)
-    assert [each.options for each in caught.value.readings] == [{"columns": {"path": kind}} for kind in ("png", "jpg")]
-
-
 def test_samples_of_a_tar_by_key_with_their_classes_and_the_bytes_of_the_files(tmp_path):
     data = open_source(tar(tmp_path / "chest.tar", *samples(("b", 1), ("a", 0), ("p1/c", 1))))
     assert data.ids == ["chest.tar:b", "chest.tar:a", "chest.tar:p1/c"]
@@ -161,7 +154,9 @@ def test_columns_name_the_field_and_the_image(tmp_path):
         members += [(f"{key}.jpg", encoded(number)), (f"{key}.seg.png", encoded(200)), (f"{key}.txt", b"x"),
                     (f"{key}.json", json.dumps({"finding_1": number % 2, "finding_2": 1}).encode())]  # fmt: skip
     path = tar(tmp_path / "a.tar", *members)
-    refused(path, "a.tar:a has several images (jpg, seg.png); --column path=jpg says which")
+    with pytest.raises(SeveralReadings, match=r"a.tar:a has several images .*; --column path=jpg says which") as caught:
+        open_source(path)
+    assert [each.options["columns"] for each in caught.value.readings] == [{"path": "jpg"}, {"path": "seg.png"}]
     data = reopened(open_source(path, columns={"path": "jpg", "label": "finding_1,finding_2"}))
     assert (shades_of(data), data.labels.tolist(), data.task) == ([0, 1, 2], [[0, 1], [1, 1], [0, 1]], "multilabel")
     assert open_source(path, columns={"path": "jpg", "label": "txt"}).classes == ["x"] and "txt" not in data.meta

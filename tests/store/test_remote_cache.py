@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import os
-from pathlib import Path
 
 import h5py
 import numpy as np
 import pytest
 from support.builders import CLS, ORDER, TOKENS, add_shard, add_view, features, make_store
-from support.caches import Killed, killed_at
+from support.caches import killed_at
 from support.command import call
-from support.object_storage import BUSY, copied, killing, machine
+from support.object_storage import BUSY, copied, machine
 from support.remote_store import feature_file, key_of, make_remote
 
 import featurecache
 from featurecache.errors import BadOption, NotInCache, StorageError
-from featurecache.files import mirror, storage
 from featurecache.files.mirror import is_placeholder
 from featurecache.maintenance.import_features import import_view
 from featurecache.maintenance.verify import verify
@@ -158,32 +156,6 @@ def test_nor_by_the_name_of_a_view_or_by_the_folder_that_stands_for_it(server):
 # -- several machines
 
 
-def test_the_second_of_two_shards_of_one_name_is_dropped_and_the_view_names_the_first(server, tmp_path):
-    with machine("b"):
-        other = make_store(cache_folder(server.address))
-        add_shard(other, [1, 2, 3], CLS)
-    store = make_store(cache_folder(server.address))
-    path = add_shard(store, [1, 2, 3], CLS)
-    first = shard_with_other_bytes(tmp_path)
-    push_shards(store.path, [])  # the spec
-    server.write(f"caches/main/{store.path.name}/cls/{path.name}", first)  # meanwhile, with other last bits
-    push_shards(store.path)
-    assert is_placeholder(path) and server.objects()[key_of(server, "/cls/")] == first
-    view = add_view(store, "set", [3, 1], [CLS])
-    assert push(store.path)
-    assert np.array_equal(view["cls"], features([3, 1], CLS) + np.float16(1))
-    with machine("b"):  # and who had made it before, and comes only now
-        push_shards(other.path)
-        assert is_placeholder(other.path / "cls" / path.name)
-    assert verify(copied(server, tmp_path / "copy")).damages == ()
-
-
-def shard_with_other_bytes(folder: Path) -> bytes:
-    from support.caches import add_shifted
-
-    return add_shifted(make_store(folder / "elsewhere"), [1, 2, 3], 1).path.read_bytes()
-
-
 def test_a_record_that_another_machine_wrote_first_comes_here_and_is_said(server):
     store = make_store(cache_folder(server.address))
     plan = {"batch_size": 4, "threads": 1, "memory_format": "contiguous", "forward": "library"}
@@ -263,28 +235,6 @@ def test_a_server_that_keeps_no_conditions_is_refused(server, tmp_path):
 
 
 # -- kills
-
-
-def test_killed_before_or_behind_any_upload_the_same_command_goes_on(server, tmp_path):
-    file, step = feature_file(tmp_path), 0
-    whole = ["spec.json", "v.h5", "vector"]
-    for where in ("before", "behind"):
-        for step in range(1, 5):
-            server.empty()
-            with machine(f"{where}{step}"):
-                with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
-                    patch.setattr(storage, "file_system", killing(step, where))
-                    import_view(file, "v", cache=server.address)
-                cache = copied(server, tmp_path / "copy")
-                if cache.exists():  # what is seen there is whole, and names nothing that is not there
-                    assert verify(cache).damages == (), (where, step)
-                    for view in [View(path) for store in stores(cache) for path in store.views()]:
-                        assert np.array_equal(view["vector"], np.load(file))
-                result = import_view(file, "v", cache=server.address)
-                assert list(mirror.mirror_of(result.view).base.rglob("*.tmp")) == []
-            cache = copied(server, tmp_path / "copy")
-            assert sorted(path.name for path in next(cache.iterdir()).iterdir()) == whole
-            assert np.array_equal(featurecache.open_view("v", cache)["vector"], np.load(file))
 
 
 @pytest.mark.parametrize("count", range(1, 9))

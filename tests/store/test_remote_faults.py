@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from support.builders import CLS, ORDER, TOKENS, features
 from support.command import call
-from support.object_storage import BUCKET, BUSY, DENIED, KEY, SECRET, SLOW, copied, machine
+from support.object_storage import BUCKET, BUSY, DENIED, KEY, SECRET, copied, machine
 from support.remote_store import feature_file, flipped, key_of, make_remote
 
 import featurecache
@@ -161,7 +161,7 @@ def test_a_server_that_is_busy_now_and_then_is_asked_again(server, tmp_path, mon
 def test_a_server_that_stays_busy_is_one_sentence(server, tmp_path, monkeypatch):
     monkeypatch.setattr("botocore.retryhandler.random.random", lambda: 0.0)
     server.rule = lambda method, key: BUSY if method == "PUT" and "/vector/" in key else None
-    with pytest.raises(StorageError, match="does not answer as it should, after all tries of the library") as caught:
+    with pytest.raises(StorageError, match=r"as it should, after all tries of the library .* try again") as caught:
         import_view(feature_file(tmp_path), "v", cache=server.address)
     assert str(caught.value).count("\n") == 0 and "give the same command again" in str(caught.value)
     server.rule = lambda method, key: None
@@ -212,8 +212,10 @@ def test_credentials_are_written_nowhere(server, tmp_path, monkeypatch):
     server.rule = lambda method, key: DENIED
     with pytest.raises(StorageError) as caught:
         cache_folder(server.address)
-    state = Path(os.environ["FEATURECACHE_STATE"])
-    written = [path.read_bytes() for path in state.parent.rglob("*") if path.is_file()]
+    state = os.environ["FEATURECACHE_STATE"]
+    folders = [tmp_path, Path(state), Path(f"{state}-b")]  # another test's may hold the sources of this one
+    written = [path.read_bytes() for folder in folders for path in folder.rglob("*") if path.is_file()]
+    assert len(written) > 5
     for secret in (KEY, SECRET):
         assert secret not in str(caught.value)
         assert not any(secret.encode() in data for data in [*written, *server.objects().values()])
@@ -246,13 +248,3 @@ def test_without_a_home_it_says_where_the_state_goes(monkeypatch):
     monkeypatch.setattr(mirror, "state_folder", lambda: None)
     with pytest.raises(BadOption, match=r"set \$FEATURECACHE_STATE"):
         Mirror.of("s3://bucket/cache", "cache")
-
-
-def test_slow_down_is_said_with_the_reason(server, monkeypatch):
-    import s3fs
-
-    monkeypatch.setattr("botocore.retryhandler.random.random", lambda: 0.0)
-    monkeypatch.setattr(s3fs.S3FileSystem, "retries", 1)
-    server.rule = lambda method, key: SLOW
-    with pytest.raises(StorageError, match="Please reduce your request rate"):
-        cache_folder(server.address)

@@ -80,14 +80,6 @@ def another_readme(cache: Cache) -> dict[str, Any]:
     return settings
 
 
-def as_bin(cache: Cache, order: int = 1) -> dict[str, Any]:
-    """``order`` -1: with its tensors in another order."""
-    folder = cache.copy("bin")
-    (folder / "model.safetensors").unlink()
-    torch.save(dict(list(cache.weights.items())[::order]), folder / "pytorch_model.bin")
-    return {"backbone": folder}
-
-
 def in_shards(cache: Cache) -> dict[str, Any]:
     folder = cache.copy("sharded")
     (folder / "model.safetensors").unlink()
@@ -140,10 +132,8 @@ SAME: dict[str, Callable[[Cache], dict[str, Any]]] = {
     "an alias": from_the_hub("short-name"),
     "an alias with a file of weights": by_alias_and_file,
     "a revision that changed only its README": another_readme,
-    ".bin": as_bin,
     "several files": in_shards,
     "tensors that nothing uses": tensors_that_nothing_uses,
-    "tensors in another order": lambda cache: as_bin(cache, order=-1),
     "bookkeeping and attention of the configuration": other_bookkeeping,
     "a processor of older transformers": a_processor_saved_by_another_version,
     "dataset moved and renamed": lambda cache: {"backbone": cache.model, "data": cache.data.rename(cache.root / "x y")},

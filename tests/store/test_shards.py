@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import h5py
@@ -17,7 +15,7 @@ from hypothesis import strategies as st
 from support.builders import TOKENS, add_shard, digests, features, make_store
 
 from featurecache.errors import CannotWrite, DamagedFile, UnsafeFile
-from featurecache.files.atomic import AtomicFile, remove_orphans
+from featurecache.files.atomic import AtomicFile
 from featurecache.files.directory import USER_BLOCK, open_columns, read_user_block
 from featurecache.store.shards import Layout, ShardWriter, find_by_digest, map_rows, read_shard, shard_name
 from featurecache.store.store import Store
@@ -116,50 +114,6 @@ def test_a_flipped_bit_in_the_line_or_the_directory_is_noticed(path, place):
         path.write_bytes(damaged)
         with pytest.raises(DamagedFile), open_columns(path) as file:
             file.check_bytes()
-
-
-@pytest.mark.integration
-def test_a_full_disk_is_one_sentence_and_leaves_no_file(tmp_path: Path):
-    script = f"""
-import resource, sys
-sys.path[:0] = [{str(Path(__file__).parents[1])!r}]
-from pathlib import Path
-from support.builders import CLS, add_shard, make_store
-from featurecache.errors import CannotWrite
-store = make_store(Path({str(tmp_path)!r}))
-add_shard(store, range(3), CLS)
-resource.setrlimit(resource.RLIMIT_FSIZE, (9000, 9000))
-try:
-    add_shard(store, range(400), CLS)
-except CannotWrite as error:
-    print("refused:", error)
-"""
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
-    assert (done.returncode, done.stderr) == (0, "")
-    assert "refused: cannot write" in done.stdout
-    assert "What is finished is whole; raise the limit for the size of files" in done.stdout
-    assert len(list(tmp_path.glob("*/cls/*"))) == 1
-
-
-@pytest.mark.parametrize("call", ["pwrite", "fsync", "link", "ftruncate"])
-def test_a_failed_call_commits_nothing_and_leaves_nothing(store, monkeypatch, call):
-    def fail(*_: object) -> None:
-        raise OSError(5, "Input/output error")
-
-    monkeypatch.setattr(os, call, fail)
-    with pytest.raises(CannotWrite, match="Input/output error"):
-        add_shard(store, range(7), TOKENS)
-    monkeypatch.undo()
-    assert [p for p in store.folder("tokens").iterdir() if p.suffix == ".h5"] == []
-
-
-def test_temporary_files_that_nobody_holds_are_removed_and_those_of_the_living_kept(tmp_path: Path):
-    with AtomicFile(tmp_path / "a.h5") as ours:
-        left = tmp_path / ".0123456789abcdef.01234567.tmp"  # of a killed run
-        left.touch()
-        remove_orphans(tmp_path)
-        assert not left.exists()
-        assert ours._temporary.exists()
 
 
 def test_a_file_of_a_very_long_name_can_be_written(tmp_path: Path):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -16,9 +15,9 @@ import numpy as np
 import pytest
 import torch
 from support.builders import CLS, ORDER, TOKENS, features, make_spec, make_view
-from support.plant import Content, changed, flip
+from support.plant import Content, changed
 
-from featurecache.errors import AmbiguousName, CacheError, DamagedFile, NotInCache, UnsafeFile
+from featurecache.errors import AmbiguousName, CacheError, NotInCache, UnsafeFile
 from featurecache.store import mapped_rows
 from featurecache.store.shards import Layout
 from featurecache.store.store import create_store, unreadable_stores
@@ -29,21 +28,6 @@ from featurecache.store.write_view import find_view, open_view
 @pytest.fixture
 def view(tmp_path: Path) -> View:
     return make_view(tmp_path, ORDER)
-
-
-def test_plain_h5py_from_another_folder_sees_ids_labels_splits_and_features(tmp_path, monkeypatch):
-    view = make_view(tmp_path / "cache", ORDER)
-    (tmp_path / "elsewhere").mkdir()
-    monkeypatch.chdir(tmp_path / "elsewhere")
-    with h5py.File(view.path) as file:
-        assert file["ids"].asstr()[3] == "é/3.png"
-        assert file["labels"][...].tolist() == [k % 2 for k in ORDER]
-        assert file["splits"].asstr()[0] == "train"
-        assert file["digests"].dtype == "S32"
-        assert np.array_equal(file["cls"][...], features(ORDER, CLS))
-        assert np.array_equal(file["tokens"][...], features(ORDER, TOKENS))
-        assert json.loads(file["tokens"].attrs["prefix"]) == ["cls"]
-        assert json.loads(file["tokens"].attrs["grid"]) == [2, 2]
 
 
 @pytest.mark.parametrize("per_shard", [1, 4, 100])
@@ -108,20 +92,6 @@ def test_a_missing_shard_is_refused_by_us_and_nan_in_plain_h5py(tmp_path):
     assert lost.sum() == 4
 
 
-def test_a_cut_shard_is_refused_at_opening(view):
-    victim = next((view.store / "cls").iterdir())
-    os.truncate(victim, victim.stat().st_size - 8)
-    with pytest.raises(CacheError, match=r"has [\d,]+ bytes, not"):
-        View(view.path)
-
-
-def test_a_flipped_bit_in_a_view_is_found(tmp_path):
-    path = make_view(tmp_path, ORDER).path
-    flip(path, 2000)
-    with pytest.raises(DamagedFile, match="does not match the hash"):
-        View(path)
-
-
 @pytest.mark.integration
 def test_reading_a_view_and_its_rows_loads_no_hdf5(view):
     script = "import sys; from featurecache import open_view; print(open_view(sys.argv[1]).array('cls').sum())\n"
@@ -181,28 +151,6 @@ def test_a_foreign_or_damaged_spec_stops_only_its_own_store(view, tmp_path):
         create_store(tmp_path, "tiny", make_spec(), {})
 
 
-def test_views_survive_pickling_and_keep_no_file_open(view):
-    again = pickle.loads(pickle.dumps(view))
-    before = len(os.listdir("/proc/self/fd"))
-    assert torch.equal(again.tensor("cls"), view.tensor("cls"))
-    assert len(os.listdir("/proc/self/fd")) == before
-
-
-@pytest.mark.slow
-def test_more_shards_than_file_descriptors(tmp_path):
-    view = make_view(tmp_path, range(3000), per_shard=1, layouts=(CLS,))
-    script = f"""
-import resource; resource.setrlimit(resource.RLIMIT_NOFILE, (1024, 1024))
-import numpy as np, sys; sys.path[:0] = [{str(Path(__file__).parents[1])!r}]
-from featurecache import open_view
-from support.builders import *
-view = open_view({str(view.path)!r})
-assert np.array_equal(view.array("cls"), features(range(3000), CLS))
-"""
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
-    assert (done.returncode, done.stderr) == (0, "")
-
-
 def test_too_many_pieces_leave_the_virtual_dataset_out_and_say_so(tmp_path, monkeypatch):
     monkeypatch.setattr("featurecache.store.write_view.MAX_MAPPINGS", 3)
     view = make_view(tmp_path, ORDER, layouts=(CLS,))
@@ -239,11 +187,12 @@ if len(sys.argv) > 3: sys.path.insert(0, sys.argv[3])
 import h5py
 view, shard = (h5py.File(path) for path in sys.argv[1:3])
 texts = {name: view[name].asstr()[...].tolist() for name in ("ids", "splits", "groups", "meta/site")}
-numbers = {name: view[name][...].tolist() for name in ("labels", "cls", "meta/age", "meta/old", "checksums/cls")}
+names = ("labels", "cls", "tokens", "meta/age", "meta/old", "checksums/cls")
+numbers = {name: view[name][...].tolist() for name in names} | dict(view["tokens"].attrs)
 inside = [name for name in shard if name != "directory"]
 listed = json.loads(shard["directory"][...].tobytes())["columns"]
 print(json.dumps([h5py.version.hdf5_version, texts, numbers, {k: shard[k][...].astype("U").tolist() for k in inside}]))
-assert sorted(inside) == sorted(listed) and "virtual" in view["index/cls"].attrs
+assert sorted(inside) == sorted(listed) and "virtual" in view["index/cls"].attrs and view["digests"].dtype == "S32"
 """
 
 
@@ -253,7 +202,7 @@ def test_every_kind_of_file_and_column_opens_in_plain_h5py(tmp_path, site: str |
     if site is None:
         pytest.skip("FEATURECACHE_TEST_HDF5_1_14 names no folder with an h5py built on HDF5 1.14")
     n, meta = len(ORDER), {"site": list("aßc肺efghi"), "age": np.arange(9) / 2, "old": np.arange(9) > 4}
-    view = make_view(tmp_path, ORDER, layouts=(CLS,), groups=[f"p{k}" for k in range(n)], meta=meta)
+    view = make_view(tmp_path, ORDER, groups=[f"p{k}" for k in range(n)], meta=meta)
     shard = next((view.store / "cls").iterdir())
     words = [sys.executable, "-c", EVERY_KIND, str(view.path), str(shard), *([site] if site else [])]
     done = subprocess.run(words, capture_output=True, text=True, cwd="/")
@@ -262,7 +211,9 @@ def test_every_kind_of_file_and_column_opens_in_plain_h5py(tmp_path, site: str |
     assert version.startswith("1.14") or not site
     names = {"ids": view.ids, "splits": view.splits, "groups": view.groups}
     assert texts == {name: column.tolist() for name, column in names.items()} | {"meta/site": meta["site"]}
-    assert numbers["cls"] == view.array("cls").tolist() and numbers["labels"] == view.labels.tolist()
+    assert numbers["cls"] == features(ORDER, CLS).tolist() and numbers["tokens"] == features(ORDER, TOKENS).tolist()
+    assert numbers["prefix"] == '["cls"]' and numbers["grid"] == "[2, 2]"
+    assert numbers["labels"] == [k % 2 for k in ORDER] and texts["ids"][3] == "é/3.png"
     assert numbers["meta/age"] == view.meta["age"].tolist() and numbers["meta/old"] == view.meta["old"].tolist()
     assert set(inside) == {"features", "digests", "checksums", "errors"}
 

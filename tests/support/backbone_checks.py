@@ -6,12 +6,15 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from featurecache.backbones import load_backbone
 from featurecache.backbones.base import Backbone
+from featurecache.images.decoding import decode
 
 
 def key(backbone: Backbone) -> str:
@@ -30,6 +33,12 @@ def refuses(error: type[Exception], says: str, name: str | Path, **options: Any)
 def outputs(backbone: Backbone, pixels: torch.Tensor, *names: str) -> list[torch.Tensor]:
     values = backbone.forward(pixels, set(names))
     return [values[name] for name in names]
+
+
+def fed(backbone: Backbone, picture: Image.Image) -> torch.Tensor:
+    """[1,C,h,w]: what the network sees of a picture."""
+    image = backbone.preprocess.resized(decode(np.asarray(picture.convert("RGB"))))
+    return backbone.preprocess.normalised(image[None])
 
 
 def assert_same(got: torch.Tensor, expected: torch.Tensor) -> None:

@@ -64,10 +64,10 @@ def shards(cache: Path) -> dict[str, bytes]:
     return {str(p.relative_to(cache)): p.read_bytes() for p in sorted(cache.glob("*/*/*.h5"))}
 
 
-def by_digest(view: View | Path, output: str = "tokens") -> dict[bytes, bytes]:
-    """The bytes of every row, of images and copies."""
+def by_digest(view: View | Path) -> dict[bytes, bytes]:
+    """The bytes of the tokens of every row, of images and copies."""
     everything = View(getattr(view, "path", view), copies=True)
-    rows = everything.array(output, np.arange(everything.rows))
+    rows = everything.array("tokens", np.arange(everything.rows))
     return dict(zip(everything.digests.tolist(), (row.tobytes() for row in rows), strict=True))
 
 

@@ -92,10 +92,10 @@ def toy_view(n=240, classes=2, width=8, tokens=5, task=None, seed=0, splits="dra
     return FakeView(features, labels.astype(np.int64), list(splits), names, task, **more)
 
 
-def label_view(n=300, labels=4, width=8, unknown=0.2, seed=0, **more):
+def label_view(n=300, labels=4, unknown=0.2, seed=0, **more):
     """Multi-label, some entries unknown."""
     rng = np.random.default_rng(seed)
-    x = rng.normal(size=(n, width))
+    x = rng.normal(size=(n, 8))
     y = (x[:, :labels] + 0.5 * rng.normal(size=(n, labels)) > 0.7).astype(np.float32)
     y[rng.random(y.shape) < unknown] = np.nan
     names = [f"sign {c}" for c in range(labels)]

@@ -4,6 +4,7 @@ files of a cache, with what verify, the readers, repair and an extraction make o
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import itertools
 import json
 import os
@@ -14,8 +15,10 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import transformers
 import xxhash
+from sklearn.datasets import load_digits
 
 import featurecache
 from featurecache.errors import FeatureCacheError, NotInCache, ViewReplaced
@@ -25,15 +28,19 @@ from featurecache.files import atomic
 from featurecache.maintenance import collect, repair
 from featurecache.maintenance import merge as merging
 from featurecache.maintenance import verify as verification
+from featurecache.sources.base import Dataset, ImageArrays
 from featurecache.store import store
 from featurecache.store.store import stores
 from featurecache.store.view import View
+from heads.api import ablate, train_baseline, train_head
+from heads.sweeps.verify import verify_runs
 from support.checkpoints import save_vit
+from support.fake_view import toy_view
 from support.pictures import image_folder
-from support.run_jobs import look_at_runs, train_network, train_run, train_sweep  # noqa: F401
 
 transformers.utils.logging.disable_progress_bar()
 
+RESULTS = ("head.safetensors", "answers.safetensors", "splits.csv", "predictions.csv")  # of a run
 Rows = dict[str, dict[str, str]]  # id → output (or "label", "split") → hash of the row's bytes
 
 
@@ -65,14 +72,12 @@ def extract(
     return {"computed": result.computed, "derived": result.derived, "images": result.images}
 
 
-def mend(cache: str, drop: bool = False) -> dict[str, Any]:
-    found = repair.repair(Path(cache), drop=drop)
+def mend(cache: str) -> dict[str, Any]:
+    found = repair.repair(Path(cache))
     return {
         "computed": sum(each.computed for each in found),
         "kept": sum(each.kept for each in found),
-        "gone": [list(pair) for each in found for pair in each.gone],
         "left": [str(damage) for each in found for damage in each.left],
-        "replaced": sorted(str(path) for each in found for path in each.replaced),
     }
 
 
@@ -273,3 +278,39 @@ def extract_into_storage(state: str, cache: str, address: str, **more: Any) -> d
     """On a machine with this state folder; ``cache`` is what is watched, and not used."""
     os.environ["FEATURECACHE_STATE"] = state
     return extract(cache=address, **more)
+
+
+# runs and sweeps: trained in a folder, and what lies there afterwards
+
+
+def train_run(cache: str, **options: Any) -> str:
+    view = toy_view(n=100, splits="given", noise=2)
+    run = train_head(view, "linear", out=Path(cache, "run"), **{"epochs": 1, "report": False, **options})
+    return run.config["created"]
+
+
+def train_network(cache: str) -> None:
+    found = load_digits()
+    rows = np.flatnonzero(found.target < 2)[:40]
+    data = Dataset(
+        name="digits", source={"kind": "digits", "data": "digits"}, ids=[f"digits:{row}" for row in rows],
+        labels=found.target[rows].astype(np.int64), splits=[""] * len(rows), groups=None, meta={}, classes=["0", "1"],
+        task="binary", images=ImageArrays([np.rint(found.images[rows] * (255 / 16)).astype(np.uint8)]),
+    )  # fmt: skip
+    options = {"epochs": 2, "image_size": 8, "batch_size": 16, "augment": "none", "device": "cpu", "select": "loss"}
+    train_baseline(data, "cnn-cifar", out=Path(cache, "run"), report=False, **options)
+
+
+def train_sweep(cache: str) -> None:
+    view = toy_view(n=100, splits="given", noise=2)
+    ablate(view, "linear,ridge", out=Path(cache, "sweep"), epochs=1, lr="1e-3,1e-2", batch_size=32)
+
+
+def look_at_runs(cache: str) -> dict[str, Any]:
+    """Every file there, hidden ones too; the hashes of those that equal trainings have alike; what verify says."""
+    files = sorted(path for path in Path(cache).rglob("*") if path.is_file())
+    results = {
+        str(f.relative_to(cache)): hashlib.sha256(f.read_bytes()).hexdigest() for f in files if f.name in RESULTS
+    }
+    damages = [str(damage) for damage in verify_runs([Path(cache)]).damages]
+    return {"files": [str(path.relative_to(cache)) for path in files], "results": results, "damages": damages}

@@ -7,9 +7,8 @@ writes into a folder what a user has then, and returns a `Published`: what to ty
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,8 @@ from torch import nn
 from torchvision import models
 
 from support import checkpoints as save
+from support.backbone_checks import as_rows, edit_json
+from support.checkpoints import fused, renamed, under, wide
 from support.image_models import save_tiny
 
 timm = pytest.importorskip("timm")
@@ -40,16 +41,6 @@ class Published:
     prefix: tuple[str, ...] = ("cls",)
 
 
-def wide(network: Any, seed: int = 0) -> Any:
-    """In eval mode with wide random numbers, so that norms, biases and scales matter."""
-    generator = torch.Generator().manual_seed(seed)
-    for name, value in network.eval().requires_grad_(False).state_dict().items():
-        if value.is_floating_point():
-            noise = torch.rand if name.endswith("running_var") else torch.randn
-            value += 0.2 * noise(value.shape, generator=generator)
-    return network
-
-
 def timm_folder(folder: Path, architecture: str, arguments: dict[str, Any], size: int, **feeding: Any) -> Path:
     """A config.json as timm writes it, for images of ``size``."""
     folder.mkdir(exist_ok=True)
@@ -65,20 +56,24 @@ def timm_folder(folder: Path, architecture: str, arguments: dict[str, Any], size
     return folder
 
 
-def under(prefix: str, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    return {prefix + name: tensor.clone() for name, tensor in tensors.items()}
+def weights_in(folder: Path, name: str, content: Any) -> dict[str, str]:
+    """``--weights`` of a new file of a folder."""
+    folder.mkdir(exist_ok=True)
+    torch.save(content, folder / name)
+    return {"weights": str(folder / name)}
 
 
 # networks of timm by their own config.json
 
 
-def _of_timm(folder: Path, architecture: str, arguments: dict[str, Any], size: int = 64, **extra: Any) -> Published:
+def _of_timm(
+    folder: Path, architecture: str, arguments: dict[str, Any], says: str = "", size: int = 64, **extra: Any
+) -> Published:
     """``extra``: arguments that its users have to know, since the config.json does not hold them."""
     network = wide(timm.create_model(architecture, **arguments, **extra))
-    timm_folder(folder, architecture, arguments, size)
-    torch.save(network.state_dict(), folder / "pytorch_model.bin")
+    weights_in(timm_folder(folder, architecture, arguments, size), "pytorch_model.bin", network.state_dict())
     registers = tuple(f"reg{k}" for k in range(arguments.get("reg_tokens", 0)))
-    return Published(str(folder), network.forward_features, prefix=("cls", *registers))
+    return Published(str(folder), network.forward_features, says=says, prefix=("cls", *registers))
 
 
 SMALL = {"img_size": 64, "patch_size": 16, "embed_dim": 48, "depth": 2, "num_heads": 2, "num_classes": 0}
@@ -92,39 +87,31 @@ def gigapath(folder: Path) -> Published:
 
 
 def h_optimus(folder: Path) -> Published:
-    published = _of_timm(folder, "vit_giant_patch14_reg4_dinov2", {**SMALL, "init_values": 1e-5, "reg_tokens": 4})
-    return published
+    return _of_timm(folder, "vit_giant_patch14_reg4_dinov2", {**SMALL, "init_values": 1e-5, "reg_tokens": 4})
 
 
 def virchow(folder: Path) -> Published:
     arguments = {**SMALL, "init_values": 1e-5, "mlp_ratio": 5.3375, "global_pool": "", "dynamic_img_size": True}
-    published = _of_timm(folder, "vit_huge_patch14_224", arguments, **GATED)
-    published.says = SHOWN
-    return published
+    return _of_timm(folder, "vit_huge_patch14_224", arguments, SHOWN, **GATED)
 
 
 def virchow2(folder: Path) -> Published:
     arguments = {**SMALL, "init_values": 1e-5, "mlp_ratio": 5.3375, "global_pool": "", "reg_tokens": 4}
-    published = _of_timm(folder, "vit_huge_patch14_224", arguments, **GATED)
-    published.says = SHOWN
-    return published
+    return _of_timm(folder, "vit_huge_patch14_224", arguments, SHOWN, **GATED)
 
 
 def uni(folder: Path) -> Published:
     """Its config.json is an older one, of one level; what is in it besides ``pretrained_cfg`` timm does not read."""
     network = wide(timm.create_model("test_vit", img_size=224, num_classes=0, init_values=1e-5, dynamic_img_size=True))
-    timm_folder(folder, "test_vit", {}, 224)
-    record = json.loads((folder / "config.json").read_text())
+    weights_in(timm_folder(folder, "test_vit", {}, 224), "pytorch_model.bin", network.state_dict())
     flat = {"patch_size": 16, "img_size": 224, "init_values": 1.0, "num_features": 64, "dynamic_img_size": True}
-    (folder / "config.json").write_text(json.dumps(record | flat))
-    torch.save(network.state_dict(), folder / "pytorch_model.bin")
+    edit_json(folder / "config.json", **flat)
     return Published(str(folder), network.forward_features, says="the network with init_values=1.0")
 
 
 def uni_by_its_file(folder: Path) -> Published:
     """The config.json beside a file counts as it does in its folder."""
-    published = uni(folder)
-    return Published("timm:test_vit", published.network, {"weights": str(folder / "pytorch_model.bin")}, published.says)
+    return replace(uni(folder), name="timm:test_vit", options={"weights": str(folder / "pytorch_model.bin")})
 
 
 UNI2 = {**SMALL, "init_values": 1e-5, "mlp_ratio": 5.33334, "no_embed_class": True, "reg_tokens": 8}
@@ -132,32 +119,28 @@ UNI2 = {**SMALL, "init_values": 1e-5, "mlp_ratio": 5.33334, "no_embed_class": Tr
 
 def uni2(folder: Path) -> Published:
     """With the arguments of its card written down, but for the two classes that JSON cannot hold."""
-    published = _of_timm(folder, "vit_giant_patch14_224", {**UNI2, "dynamic_img_size": True}, **GATED)
-    published.says = SHOWN
-    return published
+    return _of_timm(folder, "vit_giant_patch14_224", {**UNI2, "dynamic_img_size": True}, SHOWN, **GATED)
 
 
 def named_mlp(folder: Path) -> Published:
     published = _of_timm(folder, "vit_giant_patch14_224", UNI2, **GATED)
-    record = json.loads((folder / "config.json").read_text())
-    record["model_args"] |= {"mlp_layer": "timm.layers.SwiGLUPacked", "act_layer": "silu"}
-    (folder / "config.json").write_text(json.dumps(record))
+    arguments = {**UNI2, "mlp_layer": "timm.layers.SwiGLUPacked", "act_layer": "silu"}
+    edit_json(folder / "config.json", model_args=arguments)
     return published
 
 
 # open_clip's
 
 
-def _open_clip(network: Any, folder: Path, extra: dict[str, torch.Tensor]) -> None:
-    folder.mkdir(exist_ok=True)
+def _open_clip(network: Any, folder: Path, name: str, extra: dict[str, torch.Tensor]) -> dict[str, str]:
     text = {"text.transformer.encoder.layer.0.output.dense.weight": torch.ones(2, 2), "logit_scale": torch.ones(())}
     trunk = {name: tensor for name, tensor in network.state_dict().items() if not name.startswith("head.")}
-    torch.save(under("visual.trunk.", trunk) | text | extra, folder / "open_clip_pytorch_model.bin")
+    return weights_in(folder, name, under("visual.trunk.", trunk) | text | extra)
 
 
 def biomedclip(folder: Path) -> Published:
     network = wide(timm.create_model("test_vit"))
-    _open_clip(network, folder, {"visual.head.proj.weight": torch.ones(32, 64)})
+    _open_clip(network, folder, "open_clip_pytorch_model.bin", {"visual.head.proj.weight": torch.ones(32, 64)})
     tower = {"timm_model_name": "test_vit", "timm_model_pretrained": False, "timm_pool": "", "image_size": 160}
     record = {"model_cfg": {"embed_dim": 32, "vision_cfg": tower, "text_cfg": {}}, "preprocess_cfg": CLIP}
     (folder / "open_clip_config.json").write_text(json.dumps(record))
@@ -165,9 +148,8 @@ def biomedclip(folder: Path) -> Published:
 
 
 def biomedclip_by_its_file(folder: Path) -> Published:
-    published = biomedclip(folder)
-    weights = str(folder / "open_clip_pytorch_model.bin")
-    return Published("timm:test_vit", published.network, {"weights": weights}, published.says)
+    weights = {"weights": str(folder / "open_clip_pytorch_model.bin")}
+    return replace(biomedclip(folder), name="timm:test_vit", options=weights)
 
 
 def conch(folder: Path) -> Published:
@@ -179,219 +161,127 @@ def conch(folder: Path) -> Published:
         "visual.ln_contrast.bias": torch.ones(8),
     }
     poolers |= {"visual.proj_contrast": torch.ones(8, 8), "text_decoder.resblocks.0.ln_1.weight": torch.ones(8)}
-    _open_clip(network, folder, poolers)
-    (folder / "open_clip_pytorch_model.bin").rename(folder / "pytorch_model.bin")
+    weights = _open_clip(network, folder, "pytorch_model.bin", poolers)
     (folder / "open_clip_config.json").write_text(json.dumps({"preprocess_cfg": {**CLIP, "size": 192}}))
-    weights = {"weights": str(folder / "pytorch_model.bin")}
     return Published("timm:test_vit", network.forward_features, weights, "set aside: logit_scale, text.transformer")
-
-
-class OpenAIBlock(nn.Module):
-    def __init__(self, width: int, heads: int) -> None:
-        super().__init__()
-        self.ln_1, self.ln_2 = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.attn = nn.MultiheadAttention(width, heads, batch_first=True)
-        self.mlp = nn.ModuleDict({"c_fc": nn.Linear(width, 4 * width), "c_proj": nn.Linear(4 * width, width)})
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        normed = self.ln_1(x)
-        x = x + self.attn(normed, normed, normed, need_weights=False)[0]
-        hidden = self.mlp["c_fc"](self.ln_2(x))
-        return x + self.mlp["c_proj"](hidden * torch.sigmoid(1.702 * hidden))
-
-
-class OpenAITower(nn.Module):
-    """The image tower of OpenAI's CLIP, with its names."""
-
-    def __init__(self, width: int = 32, grid: int = 4, patch: int = 16) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(3, width, patch, patch, bias=False)
-        self.class_embedding = nn.Parameter(torch.randn(width))
-        self.positional_embedding = nn.Parameter(torch.randn(grid * grid + 1, width))
-        self.ln_pre, self.ln_post = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.transformer = nn.ModuleDict({"resblocks": nn.ModuleList(OpenAIBlock(width, 2) for _ in range(2))})
-        self.proj = nn.Parameter(torch.randn(width, 16))
-
-    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
-        patches = self.conv1(pixels).flatten(2).transpose(1, 2)
-        x = torch.cat([self.class_embedding.expand(len(pixels), 1, -1), patches], 1) + self.positional_embedding
-        x = self.ln_pre(x)
-        for block in self.transformer["resblocks"]:
-            x = block(x)
-        return self.ln_post(x)
 
 
 def pubmedclip_of_openai(folder: Path) -> Published:
     """PubMedCLIP's own release: OpenAI's names, both towers, with the epoch beside them."""
-    tower = wide(OpenAITower())
-    text = {"positional_embedding": torch.ones(7, 8), "transformer.resblocks.0.ln_1.weight": torch.ones(8)}
-    text |= {
-        "text_projection": torch.ones(8, 8),
-        "token_embedding.weight": torch.ones(9, 8),
-        "logit_scale": torch.ones(()),
-    }
+    shape = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 128}
+    model = wide(transformers.CLIPVisionModel(transformers.CLIPVisionConfig(**shape, image_size=64, patch_size=16)))
+    tower = getattr(model, "vision_model", model)
+    names = fused(tower.state_dict(), [f".self_attn.{part}_proj." for part in "qkv"], ".attn.in_proj_")
+    names = renamed(
+        names,
+        ("self_attn", "attn"),
+        (r"\.layer_norm(\d)\.", r".ln_\1."),
+        (r"\.fc1\.", ".c_fc."),
+        (r"\.fc2\.", ".c_proj."),
+        (r"^encoder\.layers\.", "transformer.resblocks."),
+        ("^pre_layrnorm", "ln_pre"),
+        ("^post_layernorm", "ln_post"),
+        (r"^embeddings\.position_embedding\.weight", "positional_embedding"),
+        (r"^embeddings\.patch_embedding\.", "conv1."),
+        (r"^embeddings\.class", "class"),
+    )
+    both = under("visual.", names | {"proj": torch.ones(32, 16)})
+    both |= {"positional_embedding": torch.ones(7, 8), "transformer.resblocks.0.ln_1.weight": torch.ones(8)}
+    both |= {"text_projection": torch.ones(8, 8), "token_embedding.weight": torch.ones(9, 8)}
+    both |= {"logit_scale": torch.ones(())}
     arguments = {"img_size": 64, "patch_size": 16, "embed_dim": 32, "depth": 2, "num_heads": 2}
     timm_folder(folder, "vit_base_patch16_clip_quickgelu_224", arguments, 64, **CLIP)
-    torch.save({"epoch": 1, "state_dict": under("visual.", tower.state_dict()) | text}, folder / "PubMedCLIP_ViT32.pth")
-    weights = {"weights": str(folder / "PubMedCLIP_ViT32.pth")}
-    return Published(str(folder), tower, weights, "5 tensors set aside: logit_scale, positional_embedding")
+    weights = weights_in(folder, "PubMedCLIP_ViT32.pth", {"epoch": 1, "state_dict": both})
+    tokens = lambda pixels: tower.post_layernorm(model(pixels).last_hidden_state)  # noqa: E731
+    return Published(str(folder), tokens, weights, "5 tensors set aside: logit_scale, positional_embedding")
 
 
 # segment-anything
-
-
-class LayerNorm2d(nn.Module):
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.weight, self.bias = nn.Parameter(torch.ones(channels)), nn.Parameter(torch.zeros(channels))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = nn.functional.layer_norm(x.movedim(1, -1), self.weight.shape, self.weight, self.bias, 1e-6)
-        return x.movedim(-1, 1)
-
-
-class SamAttention(nn.Module):
-    """softmax(q·k/√d + q·R_h[y − y'] + q·R_w[x − x']) v, over the places of one window."""
-
-    def __init__(self, width: int, heads: int, side: int) -> None:
-        super().__init__()
-        self.heads, self.qkv, self.proj = heads, nn.Linear(width, 3 * width), nn.Linear(width, width)
-        self.rel_pos_h = nn.Parameter(torch.randn(2 * side - 1, width // heads))
-        self.rel_pos_w = nn.Parameter(torch.randn(2 * side - 1, width // heads))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        b, side, _, width = x.shape
-        q, k, v = self.qkv(x).view(b, side, side, 3, self.heads, -1).unbind(3)
-        apart = torch.arange(side)[:, None] - torch.arange(side)[None] + side - 1
-        scores = torch.einsum("byxnd,bijnd->bnyxij", q, k) * (width // self.heads) ** -0.5
-        scores = scores + torch.einsum("byxnd,yid->bnyxi", q, self.rel_pos_h[apart])[..., None]
-        scores = scores + torch.einsum("byxnd,xjd->bnyxj", q, self.rel_pos_w[apart])[..., None, :]
-        weights = scores.flatten(4).softmax(-1).view_as(scores)
-        return self.proj(torch.einsum("bnyxij,bijnd->byxnd", weights, v).reshape(b, side, side, width))
-
-
-class SamBlock(nn.Module):
-    def __init__(self, width: int, heads: int, grid: int, window: int) -> None:
-        super().__init__()
-        self.window, self.attn = window, SamAttention(width, heads, window or grid)
-        self.norm1, self.norm2 = nn.LayerNorm(width, eps=1e-6), nn.LayerNorm(width, eps=1e-6)
-        self.mlp = nn.ModuleDict({"lin1": nn.Linear(width, 4 * width), "lin2": nn.Linear(4 * width, width)})
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        normed, side, w = self.norm1(x), x.shape[1], self.window
-        if not w:
-            x = x + self.attn(normed)
-        else:
-            count = -(-side // w)
-            padded = nn.functional.pad(normed, (0, 0, 0, count * w - side, 0, count * w - side))
-            rows = [torch.cat([self.attn(padded[:, y : y + w, z : z + w]) for z in range(0, count * w, w)], 2)
-                    for y in range(0, count * w, w)]  # fmt: skip
-            x = x + torch.cat(rows, 1)[:, :side, :side]
-        return x + self.mlp["lin2"](nn.functional.gelu(self.mlp["lin1"](self.norm2(x))))
-
-
-class SamEncoder(nn.Module):
-    """segment-anything's ImageEncoderViT, with its names: a map [B,C,h,w] behind the neck."""
-
-    def __init__(self, positions: bool = True, width: int = 32, grid: int = 8, out: int = 24) -> None:
-        super().__init__()
-        self.patch_embed = nn.ModuleDict({"proj": nn.Conv2d(3, width, 8, 8)})
-        self.pos_embed = nn.Parameter(torch.randn(1, grid, grid, width)) if positions else None
-        self.blocks = nn.ModuleList(SamBlock(width, 2, grid, window) for window in (3, 0))
-        self.neck = nn.Sequential(
-            nn.Conv2d(width, out, 1, bias=False), LayerNorm2d(out),
-            nn.Conv2d(out, out, 3, padding=1, bias=False), LayerNorm2d(out),
-        )  # fmt: skip
-
-    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
-        x = self.patch_embed["proj"](pixels).permute(0, 2, 3, 1)
-        x = x if self.pos_embed is None else x + self.pos_embed
-        for block in self.blocks:
-            x = block(x)
-        return self.neck(x.permute(0, 3, 1, 2))
-
-    def tokens(self, pixels: torch.Tensor) -> torch.Tensor:
-        return self(pixels).flatten(2).transpose(1, 2)
 
 
 SAM = {"img_size": 64, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2, "window_size": 3, "neck_chans": 24,
        "global_attn_indexes": [1], "use_rel_pos": True}  # fmt: skip
 
 
+def _sam(**change: Any) -> Any:
+    vision = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 64, "patch_size": 8,
+              "mlp_dim": 128, "output_channels": 24, "window_size": 3, "global_attn_indexes": [1]}  # fmt: skip
+    prompt = {"hidden_size": 24, "image_size": 64, "patch_size": 8, "mask_input_channels": 4, "image_embedding_size": 8}
+    decoder = {"hidden_size": 24, "num_attention_heads": 2, "num_hidden_layers": 1, "mlp_dim": 16}
+    decoder |= {"iou_head_hidden_dim": 16}
+    parts = {"prompt_encoder_config": prompt, "mask_decoder_config": decoder}
+    return wide(transformers.SamModel(transformers.SamConfig(vision_config=vision | change, **parts)))
+
+
+def _sam_tokens(model: Any) -> Callable[[torch.Tensor], torch.Tensor]:
+    return lambda pixels: as_rows(model.vision_encoder(pixels).last_hidden_state)
+
+
+def _segment_anything_names(model: Any) -> dict[str, torch.Tensor]:
+    """The image encoder's tensors as segment-anything publishes them."""
+    return renamed(
+        model.vision_encoder.state_dict(),
+        (r"^layers\.", "blocks."),
+        (r"^(blocks\.\d+)\.layer_norm", r"\1.norm"),
+        (r"\.projection\.", ".proj."),
+        (r"neck\.conv1", "neck.0"),
+        (r"neck\.layer_norm1", "neck.1"),
+        (r"neck\.conv2", "neck.2"),
+        (r"neck\.layer_norm2", "neck.3"),
+    )
+
+
 def medsam(folder: Path) -> Published:
     """The whole SAM; its images go from 0 to 1 and are squashed (MedSAM_Inference.py), which the config.json says."""
-    encoder = wide(SamEncoder())
+    model = _sam()
     timm_folder(folder, "samvit_base_patch16", SAM, 64, mean=[0.0] * 3, std=[1.0] * 3, crop_mode="squash")
-    other = {
-        "prompt_encoder.no_mask_embed.weight": torch.ones(1, 24),
-        "mask_decoder.iou_token.weight": torch.ones(1, 24),
-    }
-    other |= {"prompt_encoder.pe_layer.positional_encoding_gaussian_matrix": torch.ones(2, 12)}
-    torch.save(under("image_encoder.", encoder.state_dict()) | other, folder / "medsam_vit_b.pth")
-    weights = {"weights": str(folder / "medsam_vit_b.pth")}
+    whole = under("image_encoder.", _segment_anything_names(model))
+    whole |= {"prompt_encoder.no_mask_embed.weight": torch.ones(1, 24), "mask_decoder.iou_token.weight": torch.ones(24)}
+    whole |= {"prompt_encoder.pe_layer.positional_encoding_gaussian_matrix": torch.ones(2, 12)}
     says = "names of segment-anything; the network under image_encoder.; 3 tensors set aside: mask_decoder.iou_token"
-    return Published(str(folder), encoder.tokens, weights, says, "gap", ())
+    weights = weights_in(folder, "medsam_vit_b.pth", whole)
+    return Published(str(folder), _sam_tokens(model), weights, says, "gap", ())
 
 
 def medsam_in_its_folder(folder: Path) -> Published:
-    published = medsam(folder)
-    return Published(published.name, published.network, {}, published.says, "gap", ())
+    return replace(medsam(folder), options={})
 
 
 def lvm_med(folder: Path) -> Published:
     """LVM-Med's ViT-B: SAM's encoder alone, made with ``use_abs_pos=False``."""
-    encoder = wide(SamEncoder(positions=False))
+    model = _sam(use_abs_pos=False)
     timm_folder(folder, "samvit_base_patch16", SAM, 64)
-    torch.save(encoder.state_dict(), folder / "lvmmed_vit.pth")
-    weights = {"weights": str(folder / "lvmmed_vit.pth")}
-    return Published(str(folder), encoder.tokens, weights, "the network with use_abs_pos=False", "gap", ())
+    weights = weights_in(folder, "lvmmed_vit.pth", _segment_anything_names(model))
+    return Published(str(folder), _sam_tokens(model), weights, "the network with use_abs_pos=False", "gap", ())
 
 
 def sam_of_transformers(folder: Path) -> Published:
-    vision = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 64, "patch_size": 8,
-              "mlp_dim": 48, "output_channels": 24, "window_size": 3, "global_attn_indexes": [1]}  # fmt: skip
-    prompt = {"hidden_size": 24, "image_size": 64, "patch_size": 8, "mask_input_channels": 4, "image_embedding_size": 8}
-    decoder = {
-        "hidden_size": 24,
-        "num_attention_heads": 2,
-        "num_hidden_layers": 1,
-        "mlp_dim": 16,
-        "iou_head_hidden_dim": 16,
-    }
-    config = transformers.SamConfig(vision_config=vision, prompt_encoder_config=prompt, mask_decoder_config=decoder)
-    network = wide(transformers.SamModel(config))
-    network.save_pretrained(folder)
+    model = _sam()
+    model.save_pretrained(folder)
     size = {"size": {"longest_edge": 64}, "pad_size": {"height": 64, "width": 64}}
     transformers.SamImageProcessor(**size).save_pretrained(folder)
-
-    def tokens(pixels: torch.Tensor) -> torch.Tensor:
-        return network.vision_encoder(pixels).last_hidden_state.flatten(2).transpose(1, 2)
-
-    return Published(str(folder), tokens, {"fit": "squash"}, vector="gap", prefix=())
+    return Published(str(folder), _sam_tokens(model), {"fit": "squash"}, vector="gap", prefix=())
 
 
 # transformers
 
 
-def _hidden(folder: Path) -> Callable[[torch.Tensor], torch.Tensor]:
+def _of_transformers(folder: Path) -> Published:
     network = transformers.AutoModel.from_pretrained(folder).eval().requires_grad_(False)
     network = getattr(network, "vision_model", network)
-    return lambda pixels: network(pixels).last_hidden_state
+    return Published(str(folder), lambda pixels: network(pixels).last_hidden_state)
 
 
 def phikon(folder: Path) -> Published:
-    save.save_vit(folder, pooler=False)
-    return Published(str(folder), _hidden(folder))
+    return _of_transformers(save.save_vit(folder, pooler=False))
 
 
 def phikon_v2(folder: Path) -> Published:
-    save.save_dinov2(folder)
-    return Published(str(folder), lambda x: _hidden(folder)(x))
+    return _of_transformers(save.save_dinov2(folder))
 
 
 def midnight(folder: Path) -> Published:
-    save.save_dinov2(folder, use_swiglu_ffn=True)
-    return Published(str(folder), lambda x: _hidden(folder)(x))
+    return _of_transformers(save.save_dinov2(folder, use_swiglu_ffn=True))
 
 
 def rad_dino(folder: Path) -> Published:
@@ -399,37 +289,31 @@ def rad_dino(folder: Path) -> Published:
     save.save_dinov2(folder)
     save_file({"last_layer.weight": torch.ones(2, 2)}, folder / "dino_head.safetensors")
     save_file(facebook_names(load_file(folder / "model.safetensors")), folder / "backbone_compatible.safetensors")
-    return Published(str(folder), lambda x: _hidden(folder)(x))
+    return _of_transformers(folder)
 
 
 def rad_dino_of_facebook(folder: Path) -> Published:
-    published = rad_dino(folder)
-    published.options = {"weights": str(folder / "backbone_compatible.safetensors")}
-    published.says = "names of facebook's DINOv2"
-    return published
+    weights = {"weights": str(folder / "backbone_compatible.safetensors")}
+    return replace(rad_dino(folder), options=weights, says="names of facebook's DINOv2")
 
 
-def facebook_names(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def facebook_names(tensors: dict[str, torch.Tensor], chunks: str = "") -> dict[str, torch.Tensor]:
     """transformers' DINOv2 in the names of facebookresearch/dinov2: queries, keys and values in one."""
-    pairs = [(r"^encoder\.layer\.(\d+)\.", r"blocks.\1."), (r"\.attention\.output\.dense\.", ".attn.proj.")]
-    pairs += [(r"\.layer_scale(\d)\.lambda1$", r".ls\1.gamma"), (r"^layernorm\.", "norm."), (r"^embeddings\.", "")]
-    pairs += [("position_embeddings", "pos_embed"), (r"patch_embeddings\.projection", "patch_embed.proj")]
-    own: dict[str, torch.Tensor] = {}
-    for name, tensor in tensors.items():
-        if ".query." in name:
-            three = [tensors[name.replace(".query.", f".{part}.")] for part in ("query", "key", "value")]
-            name, tensor = name.replace(".attention.attention.query.", ".attn.qkv."), torch.cat(three)
-        for pattern, replacement in pairs:
-            name = re.sub(pattern, replacement, name)
-        if not re.search(r"\.(key|value)\.", name):
-            own[name] = tensor.contiguous()
-    return own
+    return renamed(
+        fused(tensors, [f".attention.attention.{part}." for part in ("query", "key", "value")], ".attn.qkv."),
+        (r"^encoder\.layer\.(\d+)\.", rf"blocks.{chunks}\1."),
+        (r"\.attention\.output\.dense\.", ".attn.proj."),
+        (r"\.layer_scale(\d)\.lambda1$", r".ls\1.gamma"),
+        (r"^layernorm\.", "norm."),
+        (r"^embeddings\.", ""),
+        ("position_embeddings", "pos_embed"),
+        (r"patch_embeddings\.projection", "patch_embed.proj"),
+    )
 
 
 def plip(folder: Path) -> Published:
     """PLIP, and PubMedCLIP on the hub: a CLIPModel."""
-    save.save_clip(folder)
-    return Published(str(folder), _hidden(folder))
+    return _of_transformers(save.save_clip(folder))
 
 
 def medclip_swin(folder: Path) -> Published:
@@ -439,8 +323,7 @@ def medclip_swin(folder: Path) -> Published:
     state = under("vision_model.model.", network.state_dict())
     state |= {"vision_model.projection_head.weight": torch.ones(4, 32), "logit_scale": torch.ones(())}
     state |= {"text_model.model.encoder.layer.0.attention.output.dense.weight": torch.ones(4, 4)}
-    torch.save(state, folder / "pytorch_model.bin")
-    weights = {"weights": str(folder / "pytorch_model.bin")}
+    weights = weights_in(folder, "pytorch_model.bin", state)
     tokens = lambda pixels: network(pixels).last_hidden_state  # noqa: E731
     return Published(str(folder), tokens, weights, "the network under vision_model.model.", "pooler", ())
 
@@ -454,25 +337,21 @@ def medclip_resnet(folder: Path) -> Published:
     wide(network)
     state = under("vision_model.model.", network.state_dict())
     state |= {"text_model.model.embeddings.word_embeddings.weight": torch.ones(4, 4), "logit_scale": torch.ones(())}
-    folder.mkdir(exist_ok=True)
-    torch.save(state, folder / "pytorch_model.bin")
-    weights = {"weights": str(folder / "pytorch_model.bin")}
+    weights = weights_in(folder, "pytorch_model.bin", state)
     return Published("torchvision:resnet18", _last_map(network), weights, "under vision_model.model.", "gap", ())
 
 
 def lvm_med_resnet(folder: Path) -> Published:
     """LVM-Med's ResNet: torchvision's names, no classifier."""
-    network, folder = wide(models.resnet18()), folder
-    folder.mkdir(exist_ok=True)
+    network = wide(models.resnet18())
     state = {name: tensor for name, tensor in network.state_dict().items() if not name.startswith("fc.")}
-    torch.save(state, folder / "lvmmed_resnet.pth")
-    weights = {"weights": str(folder / "lvmmed_resnet.pth")}
+    weights = weights_in(folder, "lvmmed_resnet.pth", state)
     return Published("torchvision:resnet18", _last_map(network), weights, vector="gap", prefix=())
 
 
 def _last_map(network: Any) -> Callable[[torch.Tensor], torch.Tensor]:
     body = nn.Sequential(*list(network.children())[:-2]).eval()
-    return lambda pixels: body(pixels).flatten(2).transpose(1, 2)
+    return lambda pixels: as_rows(body(pixels))
 
 
 SWIN = {"img_size": 96, "embed_dim": 16, "depths": [2, 2], "num_heads": [2, 2], "window_size": 6, "num_classes": 0}
@@ -480,20 +359,17 @@ SWIN = {"img_size": 96, "embed_dim": 16, "depths": [2, 2], "num_heads": [2, 2], 
 
 def simmim(folder: Path) -> Published:
     """SimMIM's Swin: microsoft's names (a stage ends with its downsampling), masks and indices, a decoder."""
-    network = wide(timm.create_model("swin_base_patch4_window7_224", **{k: _tuple(v) for k, v in SWIN.items()}))
+    arguments = {name: tuple(value) if isinstance(value, list) else value for name, value in SWIN.items()}
+    network = wide(timm.create_model("swin_base_patch4_window7_224", **arguments))
     timm_folder(folder, "swin_base_patch4_window7_224", SWIN, 96)
     own = {name.replace("layers.1.downsample", "layers.0.downsample"): t for name, t in network.state_dict().items()}
     own |= {"layers.0.blocks.1.attn_mask": torch.zeros(16, 36, 36), "mask_token": torch.zeros(1, 1, 16)}
     own |= {"layers.0.blocks.0.attn.relative_position_index": torch.zeros(36, 36, dtype=torch.int64)}
     state = under("encoder.", own) | {"decoder.0.weight": torch.ones(4, 4, 1, 1), "decoder.0.bias": torch.ones(4)}
-    torch.save({"model": state, "optimizer": {}, "lr_scheduler": {}, "epoch": 799}, folder / "simmim.pth")
-    weights = {"weights": str(folder / "simmim.pth")}
+    content = {"model": state, "optimizer": {}, "lr_scheduler": {}, "epoch": 799}
+    weights = weights_in(folder, "simmim.pth", content)
     tokens = lambda pixels: network.forward_features(pixels).flatten(1, 2)  # noqa: E731
     return Published(str(folder), tokens, weights, "the network under encoder.", "gap", ())
-
-
-def _tuple(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value
 
 
 class XrvDenseNet(models.DenseNet):
@@ -509,9 +385,9 @@ def xrv(folder: Path) -> Published:
     network, arguments = wide(XrvDenseNet()), {"in_chans": 1, "block_config": [1, 1, 1, 1]}
     feeding = {"channels": 1, "mean": [0.5], "std": [0.5 / 1024], "classifier": "classifier"}
     timm_folder(folder, "densenet121", arguments, 64, **feeding)
-    torch.save(network.state_dict(), folder / "weights.pt")
-    tokens = lambda pixels: network.features(pixels).relu().flatten(2).transpose(1, 2)  # noqa: E731
-    return Published(str(folder), tokens, {"weights": str(folder / "weights.pt")}, vector="gap", prefix=())
+    weights = weights_in(folder, "weights.pt", network.state_dict())
+    tokens = lambda pixels: as_rows(network.features(pixels).relu())  # noqa: E731
+    return Published(str(folder), tokens, weights, vector="gap", prefix=())
 
 
 PUBLISHED: tuple[Callable[[Path], Published], ...] = (

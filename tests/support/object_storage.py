@@ -8,6 +8,7 @@ with serve() as server:                 # for processes that have ``server.envir
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import shutil
 import threading
@@ -24,7 +25,6 @@ KEY, SECRET = "AKIDOFTHETESTS", "secret/of+the/tests"  # which must be found now
 CREDENTIALS = {"AWS_ACCESS_KEY_ID": KEY, "AWS_SECRET_ACCESS_KEY": SECRET, "AWS_DEFAULT_REGION": "us-east-1"}
 
 Answer = tuple[str, str, str]  # status line, code and message of an error
-SLOW = ("503 Slow Down", "SlowDown", "Please reduce your request rate.")
 BUSY = ("503 Service Unavailable", "ServiceUnavailable", "try again")
 DENIED = ("403 Forbidden", "AccessDenied", "Access Denied")
 
@@ -138,31 +138,27 @@ def copied(server: Server, folder: Path) -> Path:
     return folder / server.address.removeprefix(f"s3://{BUCKET}/")
 
 
-def killing(at: int, where: str):  # type: ignore[no-untyped-def]
-    """A file system of which the upload of this number never ends: it is killed before, or behind what it does."""
+@contextlib.contextmanager
+def killed_at_upload(at: int, where: str) -> Iterator[None]:
+    """The upload of this number never ends: it is killed before, or behind what it does."""
     from support.caches import Killed
 
-    real, uploads = storage.file_system, []
+    numbers = itertools.count(1)
 
-    class Killing:
-        def __init__(self, address: str) -> None:
-            self._files = real(address)
-
-        def __getattr__(self, name: str):  # type: ignore[no-untyped-def]
-            method = getattr(self._files, name)
-            return self._counted(method) if name in ("pipe_file", "put_file") else method
-
-        def _counted(self, method):  # type: ignore[no-untyped-def]
-            def upload(*words, **options):  # type: ignore[no-untyped-def]
-                uploads.append(words)
-                if len(uploads) == at and where == "before":
+    def killing(upload: Callable[..., Any]) -> Callable[..., Any]:
+        def killed(*words: Any) -> Any:
+            number = next(numbers)
+            if number == at and where == "before":
+                raise Killed
+            try:
+                return upload(*words)
+            finally:
+                if number == at:
                     raise Killed
-                try:
-                    return method(*words, **options)
-                finally:
-                    if len(uploads) == at:
-                        raise Killed
 
-            return upload
+        return killed
 
-    return Killing
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("upload_record", "upload_file"):
+            patch.setattr(storage, name, killing(getattr(storage, name)))
+        yield

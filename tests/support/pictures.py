@@ -7,6 +7,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+import featurecache
+from featurecache.store.view import View
+
 
 def picture(seed: int, width: int = 40, height: int = 33, mode: str = "RGB") -> Image.Image:
     """A smooth random picture: noise resized up, so that resizing it is like resizing a photograph."""
@@ -18,6 +21,12 @@ def save_picture(path: Path, seed: int, **shape) -> Path:  # type: ignore[no-unt
     path.parent.mkdir(parents=True, exist_ok=True)
     picture(seed, **shape).save(path)
     return path
+
+
+def untrained_view(data: Path, cache: Path, outputs: str = "cls,tokens") -> View:
+    """What an untrained small ViT sees in ``data``."""
+    made = featurecache.extract(data, backbone="vit-demo", random_weights=True, outputs=outputs, cache=cache)
+    return featurecache.open_view(made.view)
 
 
 def image_folder(root: Path, n: int = 12, classes: tuple[str, ...] = ("ill", "well"), suffix: str = ".png") -> Path:

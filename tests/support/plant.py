@@ -90,8 +90,8 @@ def rewrite(path: Path, change: Callable[[h5py.File], Any]) -> Path:
     return path
 
 
-def flip(path: Path, place: int, bit: int = 0) -> None:
+def flip(path: Path, place: int) -> None:
     """Change one bit of a file where it lies."""
     data = bytearray(path.read_bytes())
-    data[place] ^= 1 << bit
+    data[place] ^= 1
     path.write_bytes(data)

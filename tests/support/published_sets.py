@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gzip
 import pickle
 import struct
 from pathlib import Path
@@ -87,19 +86,16 @@ def cifar100(root: Path, rows: int = 100) -> None:
     (folder / "meta").write_bytes(as_python_2(names))
 
 
-def mnist(root: Path, name: str = "MNIST", train: int = 20, test: int = 10, compressed: bool = False) -> np.ndarray:
-    """The idx files (LeCun's format: magic number, sizes, bytes); the training images uint8 [n, 28, 28]."""
-    folder = root / name / "raw"
+def mnist(root: Path) -> np.ndarray:
+    """The idx files (LeCun's format: magic number, sizes, bytes); the training images uint8 [20, 28, 28]."""
+    folder = root / "MNIST" / "raw"
     folder.mkdir(parents=True)
-    pixels = {"train": noise(train, 28, 28), "t10k": noise(test, 28, 28, seed=1)}
+    pixels = {"train": noise(20, 28, 28), "t10k": noise(10, 28, 28, seed=1)}
     for split, images in pixels.items():
         labels = np.arange(len(images), dtype=np.uint8) % 10
-        files = {
-            f"{split}-images-idx3-ubyte": struct.pack(">IIII", 2051, *images.shape) + images.tobytes(),
-            f"{split}-labels-idx1-ubyte": struct.pack(">II", 2049, len(labels)) + labels.tobytes(),
-        }
-        for file, data in files.items():
-            (folder / file).write_bytes(gzip.compress(data) if compressed else data)
+        head, tail = struct.pack(">IIII", 2051, *images.shape), struct.pack(">II", 2049, len(labels))
+        (folder / f"{split}-images-idx3-ubyte").write_bytes(head + images.tobytes())
+        (folder / f"{split}-labels-idx1-ubyte").write_bytes(tail + labels.tobytes())
     return pixels["train"]
 
 

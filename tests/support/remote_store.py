@@ -6,22 +6,17 @@ from pathlib import Path
 
 import numpy as np
 
-from featurecache.store.remote_cache import push, push_shards
+from featurecache.store.remote_cache import push
 from featurecache.store.store import cache_folder
 from featurecache.store.view import View
-from support.builders import CLS, ORDER, TOKENS, add_shard, add_view, make_store
+from support.builders import ORDER, make_view
 from support.object_storage import Server
 
 
-def make_remote(server: Server, order: list[int] = ORDER, name: str = "set") -> View:
+def make_remote(server: Server) -> View:
     """A view of cls and tokens in shards of four, uploaded."""
-    store, distinct = make_store(cache_folder(server.address)), sorted(set(order))
-    for layout in (CLS, TOKENS):
-        for start in range(0, len(distinct), 4):
-            add_shard(store, distinct[start : start + 4], layout)
-    push_shards(store.path)
-    view = add_view(store, name, order, [CLS, TOKENS])
-    assert push(store.path)
+    view = make_view(cache_folder(server.address), ORDER)
+    assert push(view.store)
     return view
 
 

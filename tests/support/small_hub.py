@@ -36,13 +36,8 @@ def small_hub(folder: Path, repo: str, kind: str = "datasets") -> Iterator[tuple
     given: list[str] = []
 
     class Answers(BaseHTTPRequestHandler):
-        def do_HEAD(self) -> None:
-            self._answer(body=False)
-
         def do_GET(self) -> None:
-            self._answer(body=True)
-
-        def _answer(self, body: bool) -> None:
+            body = self.command == "GET"
             path = unquote(urlparse(self.path).path)
             files = sorted(file for file in folder.rglob("*") if file.is_file())
             start = f"{'' if kind == 'models' else '/datasets'}/{repo}/resolve/{COMMIT}/"
@@ -63,6 +58,8 @@ def small_hub(folder: Path, repo: str, kind: str = "datasets") -> Iterator[tuple
             self.end_headers()
             if body:
                 self.wfile.write(data)
+
+        do_HEAD = do_GET
 
         def log_message(self, *_: object) -> None:
             pass

@@ -35,17 +35,16 @@ def write_slow_net(seconds: float) -> None:
     Path("seconds").write_text(str(seconds))
 
 
-def computed_by() -> set[int]:
-    """Processes other than this one that have computed."""
-    log = Path("computed")
-    return {int(line) for line in log.read_text().split()} - {os.getpid()} if log.exists() else set()
-
-
 def passes_by(driver: int) -> Counter[int]:
     """Passes that each process other than the driver has begun."""
     log = Path("computed")
     lines = log.read_text().split() if log.exists() else []
     return Counter(int(line) for line in lines if int(line) != driver)
+
+
+def computed_by() -> set[int]:
+    """Processes other than this one that have computed."""
+    return set(passes_by(os.getpid()))
 
 
 def shard_bytes(cache: str | Path) -> dict[str, bytes]:

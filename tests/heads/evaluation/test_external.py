@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -12,10 +11,9 @@ import torch
 from safetensors.torch import load, save
 from support.builders import make_spec
 from support.fake_view import label_view, toy_view
-from support.runs import reseal
+from support.runs import reseal, train_head
 
 from featurecache.errors import BadOption, CannotWrite, NotInCache, RunError
-from heads.api import families_in, train_head
 from heads.evaluation.comparison import compare
 from heads.evaluation.external import evaluate_run, external_images, read_external
 from heads.evaluation.families import families_of
@@ -24,8 +22,6 @@ from heads.metrics.classification import evaluate
 from heads.reports import text as tables
 from heads.runs.folder import write_record
 from heads.runs.run import load_run
-
-train_head = partial(train_head, report=False)
 
 
 def train(classes=2, **options):
@@ -133,6 +129,8 @@ def test_features_of_another_backbone_are_refused_with_the_fields_that_differ():
     there.spec, there.fingerprint = other.to_dict(), other.fingerprint
     with pytest.raises(BadOption, match=r"image_size \(8 → 16\).*precision \(fp32 → bf16\)"):
         evaluate_run(run, there)
+    with pytest.raises(RunError, match="is damaged: an extraction spec"):
+        evaluate_run(train(), there)
 
 
 def test_an_output_the_view_does_not_hold_is_named_with_the_command_that_stores_it():
@@ -211,7 +209,10 @@ def test_what_was_written_is_checked_when_it_is_read():
     ((_, answers),) = read_external(run)
     assert answers.ids[0] == "img/0000.png"
     file = run.path / "external/there.safetensors"
+    other = {**load(file.read_bytes()), "ids": torch.tensor(list(b'["a"]'), dtype=torch.uint8)}
     for spoil, words in (
+        (lambda: file.write_bytes(save(other)), r"there\.safetensors is not what was written"),
+        (lambda: reseal(file.parent, name="there.json"), "is damaged: it does not fit the run"),
         (lambda: file.write_bytes(file.read_bytes()[:-8]), "damaged"), (file.unlink, "is missing"),
         (lambda: file.with_suffix(".json").write_text('{"format": 1, "view": 1}'), "not the text that was written"),
         (lambda: write_record(file.with_suffix(".json"), {"view": 1}), "no proper view"),
@@ -221,25 +222,10 @@ def test_what_was_written_is_checked_when_it_is_read():
             read_external(run)
 
 
-def test_a_run_is_a_family_of_its_own(tmp_path):
-    run = train()
-    (family,) = families_in(run.path)
-    assert family.runs[0].path == run.path
-    with pytest.raises(RunError, match="not a folder"):
-        families_in(tmp_path / "none")
-
-
 @pytest.mark.parametrize(("features", "why"), [(None, "a head takes features"), ("vit/a", "--features is given too")])
 def test_images_alone_are_for_networks_from_pixels(features, why):
     with pytest.raises(BadOption, match=why):
         external_images([train()], features, "digits", None)
-
-
-def test_a_run_of_other_features_whose_spec_is_none_is_damaged():
-    there = elsewhere()
-    there.fingerprint = "1" * 32
-    with pytest.raises(RunError, match="is damaged: an extraction spec"):
-        evaluate_run(train(), there)
 
 
 def test_a_folder_that_cannot_be_written_is_named():
@@ -247,15 +233,3 @@ def test_a_folder_that_cannot_be_written_is_named():
     (run.path / "external").touch()
     with pytest.raises(CannotWrite, match=r"Nothing can be written in .*external: File exists"):
         evaluate_run(run, elsewhere(), resamples=50)
-
-
-def test_written_answers_of_other_images_do_not_fit_the_run():
-    run = train()
-    evaluate_run(run, elsewhere(), resamples=50)
-    file = run.path / "external/there.safetensors"
-    file.write_bytes(save({**load(file.read_bytes()), "ids": torch.tensor(list(b'["a"]'), dtype=torch.uint8)}))
-    with pytest.raises(RunError, match=r"there\.safetensors is not what was written"):
-        read_external(run)
-    reseal(file.parent, name="there.json")
-    with pytest.raises(RunError, match="is damaged: it does not fit the run"):
-        read_external(run)

@@ -15,6 +15,7 @@ from heads.explanations.contributions import MarginModel, TokenMap, gradient_tim
 from heads.explanations.maps import SaliencyMap, class_margin_weights, with_shuffled_weights
 from heads.models.catalogue import make_head
 from heads.models.common import Input
+from heads.models.vector import KNearest
 from heads.task import Standardize
 
 P, GRID, WIDTH, CLASSES = 1, (3, 4), 24, 3
@@ -33,7 +34,11 @@ def reader_for(head: str, output: str = "tokens", scale: Standardize | None = No
     layout = parse(output).layout(where.prefix, where.grid) if len(shape) == 2 else None
     given = Input(shape, *(layout or ((), None)))
     model = make_head(head, given, CLASSES, torch.Generator().manual_seed(1)).eval()
-    return MarginModel(model, where, scale or Standardize(), torch.tensor([0.3, -0.1, 0.0]), 1.7, False)
+    return MarginModel(model, where, scale or Standardize(), torch.tensor([0.3, -0.1, 0.0]))
+
+
+def toward(*classes: int) -> torch.Tensor:
+    return class_margin_weights(np.array(classes), CLASSES, 1.7, False)
 
 
 def margin_of(z: torch.Tensor, c: int) -> torch.Tensor:
@@ -58,26 +63,38 @@ def resized(x: torch.Tensor, size: int) -> torch.Tensor:
 
 
 def by_force(model, x, mean, c, output, scale):
-    """float64: the margin of x, and of x with one token after the other replaced."""
-    model = model.double()
+    """float64, of kNN float32: the margin of x, and of x with one token after the other replaced."""
+    model = model if isinstance(model, KNearest) else model.double()
     copies = torch.cat([x[None], x.repeat(len(x), 1, 1)]).double()
     for t in range(len(x)):
         copies[t + 1, t] = mean[t]
     seen = resized(copies, int(output.split("-")[1])) if "-" in output else copies
+    seen = copies[:, P:].mean(1) if output == "mean" else seen
     if scale.kind == "zscore":
         seen = (seen - scale.mean.double()) / scale.std.double()
+    if scale.kind == "l2":
+        seen = torch.nn.functional.normalize(seen, dim=2)
     margin = margin_of(torch.cat([model(part) for part in seen.split(32)]), c)
     return (margin[0] - margin[1:]).detach().numpy()
 
 
-@pytest.mark.parametrize("output", ["tokens", "tokens-17"])
-@pytest.mark.parametrize("kind", ["none", "zscore"])
-def test_the_rank_one_update_is_what_brute_force_gives(output, kind):
-    scale = zscore() if kind == "zscore" else Standardize()
-    reader = reader_for("large", output, scale)
+@pytest.mark.parametrize(
+    "head, output, scale, way",
+    [("large", "tokens", Standardize(), "exact change"), ("large", "tokens", zscore(), "exact change"),
+     ("large", "tokens-17", Standardize(), "exact change"), ("large", "tokens-17", zscore(), "exact change"),
+     ("large", "tokens-17", Standardize("l2"), "occlusion"), ("attention", "tokens", Standardize(), "occlusion"),
+     ("conv", "tokens", Standardize(), "occlusion"), ("mlp", "mean", zscore(), "occlusion"),
+     ("knn", "mean", Standardize(), "occlusion")],
+)  # fmt: skip
+def test_a_token_has_the_part_that_brute_force_gives_by_the_rank_one_update_or_by_occlusion(head, output, scale, way):
+    """Where lengths of resized tokens are made one, tokens are replaced before the resize."""
+    reader = reader_for(head, output, scale)
+    if head == "knn":
+        reader.model.vectors = torch.nn.functional.normalize(some_tokens(9).mean(1), dim=1)
+        reader.model.labels = torch.arange(9) % CLASSES
     x, mean = some_tokens(), some_tokens(5).mean(0)
-    parts = replacement_contributions(reader, reader.scaled(x), reader.scaled(mean), np.array([2, 0]))
-    assert "exact change" in parts.how
+    parts = replacement_contributions(reader, reader.scaled(x), reader.scaled(mean), toward(2, 0))
+    assert way in parts.how
     for i, c in ((0, 2), (1, 0)):
         assert parts.tokens[i] == pytest.approx(by_force(reader.model, x[i], mean, c, output, scale), abs=1e-5)
         reader.model.float()
@@ -86,8 +103,8 @@ def test_the_rank_one_update_is_what_brute_force_gives(output, kind):
 @pytest.mark.parametrize("head, output", [("mean-linear", "tokens"), ("cls+mean", "tokens"), ("linear", "mean")])
 def test_the_parts_of_a_linear_head_add_up_to_its_margin(head, output):
     reader = reader_for(head, output, zscore())
-    x, mean, classes = some_tokens(), some_tokens(5).mean(0), np.array([1, 2])
-    parts = replacement_contributions(reader, reader.scaled(x), reader.scaled(mean), classes)
+    x, mean, classes = some_tokens(), some_tokens(5).mean(0), (1, 2)
+    parts = replacement_contributions(reader, reader.scaled(x), reader.scaled(mean), toward(*classes))
     seen = parts.tokens.sum(1) + parts.beside["mean tokens everywhere"]
     u = (x - reader.scale.mean) / reader.scale.std
     z = reader.model(u[:, P:].mean(1) if output == "mean" else u).detach() + reader.correction
@@ -99,41 +116,11 @@ def test_linear_on_a_gap_is_class_activation_mapping():
     """Zhou et al. 2016, eq. 2: M_c(x, y) = Σ_k w_k f_k(x, y), here from the mean and divided by the places."""
     where = TokenMap("tokens", (), GRID, torch.full((12,), 1 / 12))
     model = make_head("linear", (WIDTH,), CLASSES)
-    reader = MarginModel(model, where, Standardize(), torch.zeros(CLASSES), 1.0, False)
+    reader = MarginModel(model, where, Standardize(), torch.zeros(CLASSES))
     x, mean = some_tokens(1, 12), some_tokens(5, 12).mean((0, 1)).expand(12, -1)
-    parts = replacement_contributions(reader, x, mean, np.array([1]))
-    weight = (class_margin_weights(np.array([1]), CLASSES, 1.0, False) @ model.ln.weight)[0].detach()
+    parts = replacement_contributions(reader, x, mean, toward(1))
+    weight = (toward(1) @ model.ln.weight)[0].detach()
     assert parts.tokens[0] == pytest.approx(((x[0] - mean) @ weight / 12).numpy(), abs=1e-6)
-
-
-@pytest.mark.parametrize(
-    "head, output", [("attention", "tokens"), ("conv", "tokens"), ("mlp", "mean"), ("knn", "mean")]
-)
-def test_other_heads_are_asked_again_with_each_token_replaced(head, output):
-    reader = reader_for(head, output)
-    if head == "knn":
-        reader.model.vectors = torch.nn.functional.normalize(some_tokens(9).mean(1), dim=1)
-        reader.model.labels = torch.arange(9) % CLASSES
-    x, mean = some_tokens(1), torch.zeros(TOKENS, WIDTH)
-    parts = replacement_contributions(reader, x, mean, np.array([0]))
-    assert "occlusion" in parts.how
-    other = x.clone()
-    other[0, 7] = 0
-    u = torch.cat([x, other])
-    margins = margin_of(reader.model(u[:, P:].mean(1) if output == "mean" else u).detach() + reader.correction, 0)
-    assert parts.tokens[0, 7] == pytest.approx(float(margins[0] - margins[1]), abs=1e-5)
-
-
-def test_tokens_scaled_to_length_one_after_a_resize_are_occluded_before_it():
-    reader = reader_for("large", "tokens-17", Standardize("l2"))
-    x, mean = some_tokens(1), torch.ones(TOKENS, WIDTH)
-    parts = replacement_contributions(reader, reader.scaled(x), reader.scaled(mean), np.array([0]))
-    other = x.clone()
-    other[0, 3] = 1
-    u = torch.nn.functional.normalize(resized(torch.cat([x, other]), 17), dim=2)
-    margins = margin_of(reader.model(u).detach(), 0)
-    assert "occlusion" in parts.how
-    assert parts.tokens[0, 3] == pytest.approx(float(margins[0] - margins[1]), abs=1e-5)
 
 
 @pytest.mark.parametrize("head", ["linear", "mlp", "mean-linear", "cls+mean", "large", "conv"])
@@ -141,8 +128,8 @@ def test_gradient_times_input_and_the_bias_term_add_up_to_the_logit(head):
     output = "mean" if head in ("linear", "mlp") else "tokens"
     reader = reader_for(head, output, zscore())
     u = reader.scaled(some_tokens())
-    parts = gradient_times_input(reader, u, np.array([0, 2]))
-    margin = reader.margins(u, reader.toward(np.array([0, 2]))).detach().numpy()
+    parts = gradient_times_input(reader, u, toward(0, 2))
+    margin = reader.margins(u, toward(0, 2)).detach().numpy()
     assert parts.tokens.sum(1) + sum(parts.beside.values()) == pytest.approx(margin, abs=1e-5)
     assert np.abs(parts.beside["bias term"]).max() > 1e-3
 
@@ -150,7 +137,7 @@ def test_gradient_times_input_and_the_bias_term_add_up_to_the_logit(head):
 @pytest.mark.parametrize(
     "explain, words",
     [
-        (lambda: gradient_times_input(reader_for("attention"), some_tokens(), np.array([0, 0])), "adds up to nothing"),
+        (lambda: gradient_times_input(reader_for("attention"), some_tokens(), toward(0, 0)), "adds up to nothing"),
         (lambda: contributions.token_source(run_of("cls")), "no places.*--kind attention"),
         (lambda: contributions.token_source(run_of("pooler")), "no places.*--kind attention"),
         (lambda: contributions.token_map(run_of("tokens"), None, None), "--prefix and --grid"),
@@ -168,7 +155,7 @@ def test_parts_of_resized_tokens_come_back_through_the_transposed_resize():
     (slope,) = torch.autograd.grad(margin_of(reader.model(rows), 1).sum(), rows)
     matrix = resized(torch.eye(TOKENS)[None], 17)[0]  # [17, T]
     expected = (x[0] * (matrix.T @ slope[0])).sum(1).numpy()
-    assert gradient_times_input(reader, x, np.array([1])).tokens[0] == pytest.approx(expected, abs=1e-5)
+    assert gradient_times_input(reader, x, toward(1)).tokens[0] == pytest.approx(expected, abs=1e-5)
 
 
 def test_a_patch_grid_resized_keeps_the_class_token_to_itself():
@@ -183,16 +170,17 @@ def run_of(output: str, task: str = "multiclass"):
     return SimpleNamespace(
         head="large", output=output, task=task, classes=("a", "b", "c"), path="runs/x", standardize=Standardize(),
         model=reader_for("large").model, config={"view": {"label": "vit/x", "shape": [TOKENS, WIDTH]}},
-        calibration=SimpleNamespace(correction=(0.0, 0.0, 0.0), temperature=1.0),
+        calibration=SimpleNamespace(correction=(0.0, 0.0, 0.0)),
     )  # fmt: skip
 
 
 def test_the_class_tokens_part_is_a_number_beside_the_map():
     x, mean = some_tokens(1), torch.zeros(TOKENS, WIDTH)
     run = run_of("tokens")
-    (found,) = contributions.contribution_maps(run, places_for("tokens"), x, np.array([0]), "replace", mean, "zeros")
-    head = MarginModel(run.model, places_for("tokens"), Standardize(), torch.zeros(3), 1.0, False)
-    parts = replacement_contributions(head, x, mean, np.array([0]))
+    options = ("replace", mean, "zeros", run.model)
+    (found,) = contributions.contribution_maps(run, places_for("tokens"), x, toward(0), *options)
+    head = MarginModel(run.model, places_for("tokens"), Standardize(), torch.zeros(3))
+    parts = replacement_contributions(head, x, mean, toward(0))
     assert found.values.shape == GRID and "against zeros" in found.how
     assert found.beside["class token"] == pytest.approx(parts.tokens[0, 0])
     assert found.values.ravel() == pytest.approx(parts.tokens[0, 1:])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections import OrderedDict
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -167,24 +168,20 @@ def test_a_network_from_pixels_is_explained_where_it_is_asked_for_and_is_back_af
     assert steps == ["cuda:1", "meta", "on meta", "back"]
 
 
+@pytest.mark.parametrize(
+    "backbone, words",
+    [(backbone_of(Three(torch.zeros(2, 2)), prefix=()), "no class token"),
+     (backbone_of(nn.Sequential(OrderedDict(blocks=nn.Flatten(2)))), "cannot be read")],
+)  # fmt: skip
+def test_attention_that_is_not_there_or_cannot_be_read_is_refused(backbone, words):
+    with pytest.raises(BadOption, match=words):
+        attention_maps(Transformer.of_backbone(backbone), torch.rand(1, 3, 1, 2))
+
+
 def test_a_cnn_trained_from_pixels_has_no_attention():
     model = make_network(Settings("cnn-cifar"), 32, 2)
     with pytest.raises(BadOption, match="cnn-cifar has no class token"):
         attention_maps(Transformer.of_run("cnn-cifar", model), torch.rand(1, 3, 32, 32))
-
-
-def test_attention_without_a_class_token_is_refused():
-    with pytest.raises(BadOption, match="no class token"):
-        attention_maps(
-            Transformer.of_backbone(backbone_of(Three(torch.zeros(2, 2)), prefix=())), torch.rand(1, 3, 1, 2)
-        )
-
-
-def test_attention_that_cannot_be_read_is_refused():
-    silent = nn.Sequential(nn.Flatten(2))
-    silent.blocks = nn.Sequential(nn.Identity())
-    with pytest.raises(BadOption, match="cannot be read"):
-        attention_of(Transformer.of_backbone(backbone_of(silent)), torch.rand(1, 3, 1, 2))
 
 
 def test_grad_cam_of_a_linear_head_on_gap_is_class_activation_mapping():
@@ -212,6 +209,11 @@ def test_a_transformer_is_looked_at_before_its_last_block(tmp_path):
     assert layer[0] is backbone.model.network.encoder.layer[-1].norm1
     assert found.values.shape == (6, 6) and (found.values + other.values > 0).any()
     assert not ((found.values > 0) & (other.values > 0)).any(), "what speaks for one of two speaks against the other"
+
+
+def test_grad_cam_looks_before_the_norm_of_tokens_not_of_the_pixels_within_them():
+    layer, _ = layer_of(load_backbone("timm:tnt_s_legacy_patch16_224", random_weights=True), members("cls"))
+    assert layer.normalized_shape == (384,)  # a block begins with the norm of its 24 channels of pixels
 
 
 def test_grad_cam_of_a_cnn_trained_here_peaks_on_the_square_that_decides():

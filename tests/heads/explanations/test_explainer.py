@@ -17,13 +17,9 @@ IMAGE = SimpleNamespace(name="a.png", digest=b"0" * 32, data=b"")
 
 def explainer(kind: str = "features") -> Explainer:
     config = {"spec": {"kind": kind}, "provenance": {}, "view": {"label": "imported/old"}}
-    run = SimpleNamespace(model=nn.Sequential(nn.Linear(2, 2)), config=config)
+    own = {"classes": ("a", "b"), "task": "binary", "calibration": SimpleNamespace(temperature=1.0)}
+    run = SimpleNamespace(model=nn.Sequential(nn.Linear(2, 2)), config=config, **own)
     return Explainer(run, SimpleNamespace(view=lambda run: None))
-
-
-def test_a_kind_of_map_that_there_is_not():
-    with pytest.raises(BadOption, match='--kind "colour" is not one of contribution'):
-        explainer().maps("colour", [IMAGE], np.zeros(1, int))
 
 
 def test_a_network_on_pixels_has_no_gradient_of_tokens():

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from heads.metrics.calibration import CalibratedPredictions, log_odds
-from heads.metrics.classification import WeightedMeasures, auroc, evaluate, mean_auroc
+from heads.metrics.classification import WeightedMeasures, evaluate, mean_auroc
 
 KINDS = ["binary", "multiclass", "ordinal", "many", "multilabel"]
 
@@ -151,12 +151,6 @@ def test_a_weight_is_as_good_as_that_many_copies_of_the_row(kind, ties, lacking)
         for name, values in of_class.items():
             np.testing.assert_allclose(values[:, column], [row[name] for row in table], atol=1e-6)
     assert overall["ece"][0] == pytest.approx(written_out(one)[0]["ece"], abs=1e-6)
-
-
-def test_auroc_by_hand():
-    """Pairs (positive, negative): 0.9 beats both, 0.4 ties with 0.4 and beats 0.1: (2 + 1.5) / 4."""
-    assert auroc(np.array([0.9, 0.4, 0.4, 0.1]), np.array([True, True, False, False])) == 3.5 / 4
-    assert np.isnan(auroc(np.arange(3.0), np.ones(3, dtype=bool)))
 
 
 @settings(max_examples=60, deadline=None)

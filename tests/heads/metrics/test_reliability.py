@@ -67,13 +67,9 @@ def test_reliability_bins_equal_scikit_learns_quantile_bins():
 
 def test_answers_of_several_heads_about_one_image_count_once_in_an_interval():
     rng = np.random.default_rng(0)
-    p, truth, units = rng.random(100), rng.random(100) < 0.4, np.arange(100)
-    alone, twice = (reliability(*(np.tile(column, k) for column in (p, truth, units))) for k in (1, 2))
-    assert twice[-1]["n"] > alone[-1]["n"]
-    bins = mass_bins(np.tile(p, 2))
-    for b, own in zip(twice, (bins == k for k in np.unique(bins)), strict=True):
-        images = len(np.unique(np.tile(units, 2)[own]))
-        assert b["n"] == 2 * images
+    twice = (np.tile(column, 2) for column in (rng.random(100), rng.random(100) < 0.4, np.arange(100)))
+    for b in reliability(*twice):
+        images = b["n"] // 2
         interval = stats.binomtest(round(b["share"] * images), images).proportion_ci(method="wilson")
         assert (b["low"], b["high"]) == pytest.approx((interval.low, interval.high))
 
@@ -83,13 +79,6 @@ def test_equal_probabilities_share_a_bin_whatever_the_order_of_the_rows():
     order = np.random.default_rng(0).permutation(60)
     assert len(reliability(p, truth, np.arange(60))) == 2
     assert (mass_bins(p)[order] == mass_bins(p[order])).all()
-
-
-def test_of_several_classes_the_surest_answer_is_judged():
-    predictions = head(400, classes=3)
-    judged = Confidence.of(predictions)
-    assert (judged.p == predictions.p.max(1)).all()
-    assert (judged.truth == (predictions.p.argmax(1) == predictions.y)).all()
 
 
 @pytest.mark.parametrize("predictions", [head(300), head(301, classes=4), label_head(200)], ids=lambda p: p.kind)
@@ -123,9 +112,8 @@ def test_an_overconfident_head_is_shown_where_there_are_images_enough():
 def test_copies_and_images_of_one_group_are_drawn_together():
     one = head(80)
     tenfold = CalibratedPredictions("binary", one.z.repeat(10, axis=0), one.y.repeat(10), 1, (0.5,))
-    alone, grouped = (
-        consistency_resamples((tenfold,), units).mean() for units in (np.arange(800), np.arange(800) // 10)
-    )
+    rows = np.arange(800)
+    alone, grouped = (consistency_resamples((tenfold,), units).mean() for units in (rows, rows // 10))
     assert grouped > 2 * alone
 
 

@@ -72,14 +72,10 @@ def test_ridge_is_scikit_learns_ridge_classifier_at_every_penalty(n, width, exac
 
 @pytest.mark.parametrize(("n", "width"), [(90, 4), (12, 40)])
 def test_ridge_of_more_classes_than_the_smaller_side_of_the_features(n, width):
-    rng = np.random.default_rng(0)
-    x, y = rng.normal(size=(n, width)).astype(np.float32), np.arange(n) % 45  # 45·45 columns, 64·4 of room
-    path = SOLVERS["ridge"](torch.from_numpy(x), y, "multiclass", 45, print)
-    setting, model = path[30]
-    mean = ((x - x.mean(0)) ** 2).sum() / width
-    plain = RidgeClassifier(alpha=setting["lambda"] * mean).fit(x, y)
-    weight = model.ln.weight.detach().numpy()[plain.classes_]
-    np.testing.assert_allclose(weight, plain.coef_, rtol=1e-3, atol=1e-5)
+    x, y = toy(n, width, 45)  # 45·45 columns, 64·4 of room
+    setting, model = solve("ridge", x, y, classes=45)[30]
+    plain = RidgeClassifier(alpha=alpha(setting, x)).fit(x.double().numpy(), y)
+    np.testing.assert_allclose(weights(model)[0][plain.classes_], plain.coef_, rtol=1e-3, atol=1e-5)
 
 
 def test_ridge_of_channels_that_are_copies_of_each_other_is_finite(monkeypatch):

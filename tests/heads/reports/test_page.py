@@ -14,16 +14,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from click.testing import CliRunner
 from PIL import Image
+from support.command import call
 from support.fake_view import label_view, toy_view
+from support.pictures import untrained_view
 
 import heads
-from featurecache import extract, open_source, open_view
+from featurecache import open_source
 from featurecache.errors import BadOption, RunError
 from featurecache.sources.pseudonyms import load_secret, pseudonymise
 from heads.api import ablate
-from heads.commands.compare import report
 from heads.evaluation.comparison import compare
 from heads.evaluation.families import families_of
 from heads.reports import gallery, page
@@ -56,14 +56,7 @@ def cached(tmp_path_factory):
         pixels = rng.integers(0, 90, (20, 30, 3), dtype=np.uint8)
         pixels[4:12, 4:12] += np.uint8(120 * (i % 2))
         Image.fromarray(pixels).save(where / f"{i}.png")
-    found = extract(
-        str(folder / "data"),
-        outputs="cls,tokens,mean",
-        backbone="vit-demo",
-        random_weights=True,
-        cache=folder / "cache",
-    )
-    return folder, open_view(found.view)
+    return folder, untrained_view(folder / "data", folder / "cache", "cls,tokens,mean")
 
 
 @pytest.fixture(scope="module")
@@ -231,12 +224,12 @@ def test_the_page_says_how_many_images_it_embeds(lab, tmp_path):
 
 def test_the_command_writes_the_page_and_says_how_many_images_it_embeds(lab, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    done = CliRunner().invoke(report, [str(lab[2][0].path), "--out", "my page"])
+    done = call("report", lab[2][0].path, "--out", "my page")
     assert done.exit_code == 0, done.output
     assert re.search(r"embeds \d+ images of the data", done.output)
     text = (tmp_path / "my page" / "report.html").read_text()
     assert "--out &#39;my page&#39;" in text
-    done = CliRunner().invoke(report, [str(lab[2][0].path), "--no-images", "--out", "other", "--json"])
+    done = call("report", lab[2][0].path, "--no-images", "--out", "other", "--json")
     assert json.loads(done.stdout)["images"] == 0
 
 

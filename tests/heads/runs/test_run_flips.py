@@ -10,11 +10,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from click.testing import CliRunner
+from support.command import call
 from support.fake_view import toy_view
+from support.plant import flip
 from support.sweeps import sweep, view_of
 
-import cli
 from featurecache.errors import RunError
 from heads.api import families_in, open_run, report, train_head
 from heads.evaluation.comparison import compare
@@ -102,18 +102,15 @@ def test_a_row_that_was_lost_is_missed():
 def test_a_damaged_family_is_named_and_the_others_are_shown():
     path = sweep(view_of(), "linear,ridge").path
     broken = next(family for family in load_sweep(path).families if family.head == "ridge").runs[0].path
-    data = bytearray((broken / "answers.safetensors").read_bytes())
-    data[-9] ^= 1
-    (broken / "answers.safetensors").write_bytes(data)
+    flip(broken / "answers.safetensors", -9)
     written = report(path, images=False, resamples=20)
     (sentence,) = written.left_out
     assert "vit-toy/toy cls ridge" in sentence and f"{broken} is damaged" in sentence
-    assert (
-        sentence in json.loads((path / "metrics.json").read_text())["warnings"] and "ridge" in written.path.read_text()
-    )
+    assert sentence in json.loads((path / "metrics.json").read_text())["warnings"]
+    assert "ridge" in written.path.read_text()
     with pytest.raises(RunError, match=r"ridge of the sweep .* is damaged"):
         open_run(path)
-    done = CliRunner().invoke(cli.main, ["report", str(path), "--no-images"])
+    done = call("report", path, "--no-images")
     assert done.exit_code == 1 and "is damaged" in done.stderr
     sweep(view_of(), "linear,ridge")  # the same command brings it back
     assert load_sweep(path).damaged == {} and report(path, images=False, resamples=20).left_out == ()
@@ -151,9 +148,8 @@ def test_a_report_killed_between_its_files_leaves_the_run_whole(monkeypatch):
         with monkeypatch.context() as patch, pytest.raises(StopIteration):
             patch.setattr(folder, "write_whole", lambda *given: next(left)(*given))  # noqa: B023
             report(run.path, images=False, resamples=20, prevalence=0.1)
-        assert verify_runs([run.path]).damages == () and load_run(run.path).config == run.config | {
-            "files": load_run(run.path).config["files"]
-        }
+        config = load_run(run.path).config
+        assert verify_runs([run.path]).damages == () and config == run.config | {"files": config["files"]}
     report(run.path, images=False, resamples=20, prevalence=0.1)
     changed = {path.name for path in files_of(run.path) if whole[path.name] != path.read_bytes()}
     assert changed == {"config.json", "metrics.json", "report.html"} | changed & {"metrics.csv"}
@@ -163,19 +159,18 @@ def test_a_report_killed_between_its_files_leaves_the_run_whole(monkeypatch):
 def test_verify_takes_runs_sweeps_and_folders_of_them_as_it_takes_stores(here):
     run = train_head(toy_view(n=150, splits="given", noise=2), "linear", epochs=1, out="runs/a")
     sweep(view_of(), folder="runs/s")
-    call = lambda *words: CliRunner().invoke(cli.main, ["verify", *words])  # noqa: E731
     for words in (("runs",), ("runs/a", "runs/s"), ()):
-        done = call(*words)
+        done = call("verify", *words)
         assert done.exit_code == 0 and "all are what was written" in done.stdout, done.output
     (run.path / "report.html").unlink()
     (here / "runs/s/rows.jsonl").write_bytes((here / "runs/s/rows.jsonl").read_bytes()[:-1])
-    done = call("runs")
+    done = call("verify", "runs")
     assert done.exit_code == 1 and "2 damaged or missing" in done.stdout, done.output
     assert "report.html is missing" in done.stdout and "rows.jsonl is not what was written" in done.stdout
-    assert call("runs/a").exit_code == 1 and "there is no view" in call("nothing").stderr
+    assert call("verify", "runs/a").exit_code == 1 and "there is no view" in call("verify", "nothing").stderr
     assert [each.path.name for each in list_runs()] == ["a"]
     (here / "runs/a/config.json").write_text((here / "runs/a/config.json").read_text().replace("linear", "lineas", 1))
-    listed = CliRunner().invoke(cli.main, ["ls"])
+    listed = call("ls")
     assert listed.exit_code == 0 and "runs/a is damaged" in listed.stdout
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from support import checkpoints
+from support.plant import flip
 
 from featurecache.backbones import load_backbone
 from featurecache.errors import DamagedFile
@@ -62,8 +63,6 @@ def test_the_network_of_a_run_with_a_flipped_bit_is_refused(tmp_path, how):
     options = {"weights": str(backbone if how == "weights" else file)} if how != "folder" else {}
     other = str(checkpoints.save_vit(tmp_path / "other"))
     load_backbone(f"hf:{backbone if how == 'folder' else other}", **options)
-    data = bytearray(file.read_bytes())
-    data[-3] ^= 1
-    file.write_bytes(data)
+    flip(file, -3)
     with pytest.raises(DamagedFile, match=r"backbone/model\.safetensors is not what was written with the run"):
         load_backbone(f"hf:{backbone if how == 'folder' else other}", **options)

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from click.testing import CliRunner
 from PIL import Image
+from support.command import call
+from support.small_sets import listed, pictures
 
-import cli
 from featurecache import open_source
 from featurecache.backbones.aliases import ALIASES
 from featurecache.errors import BadOption, SourceError, UnknownStudy, WeightsNotFound
@@ -68,13 +68,8 @@ cifar-tinyimagenet tinyimagenet parameters test 1248584 187608
 
 def folder_of(path: Path, counts: dict[str, dict[str, int]]) -> Path:
     """Small images in class folders below split folders, every one different."""
-    rng = np.random.default_rng(0)
-    for split, classes in counts.items():
-        for name, count in classes.items():
-            (path / split / name).mkdir(parents=True)
-            for k in range(count):
-                Image.fromarray(rng.integers(0, 255, (8, 8), np.uint8)).save(path / split / name / f"{k:03}.png")
-    return path
+    folders = {f"{split}/{name}": count for split, classes in counts.items() for name, count in classes.items()}
+    return pictures(path, *(f"{folder}/{k:03}.png" for folder, count in folders.items() for k in range(count)))
 
 
 def given(path: Path, name: str = "chest") -> OpenedSet:
@@ -117,10 +112,8 @@ def test_steps_of_a_study_fit_together(study):
             assert step.of and all(kinds[name] is Network for name in step.of), "a look is at its own networks"
             assert not step.attention or (kinds[step.attention], kinds[step.backbone]) == (Heads, Extract)
         elif isinstance(step, Network):  # known, and their time can be told
-            known = (
-                "epochs" in step.options if step.arch.startswith("finetune:") else step.arch in {*BASELINES} & {*GMACS}
-            )
-            assert known
+            tuned = step.arch.startswith("finetune:")
+            assert "epochs" in step.options if tuned else step.arch in {*BASELINES} & {*GMACS}
     for backbone in backbones_of(study.steps):
         assert backbone in ALIASES or backbone.startswith("timm:")
         assert backbone in GMACS and QUICK_BACKBONES[backbone] in GMACS
@@ -131,11 +124,11 @@ def test_steps_of_a_study_fit_together(study):
 
 
 def test_study_without_a_name_lists_all_with_the_question_each_answers():
-    result = CliRunner().invoke(cli.main, ["study"])
+    result = call("study")
     assert result.exit_code == 0
     for name, study in STUDIES.items():
         assert f"{name} " in result.output and study.question in result.output
-    record = json.loads(CliRunner().invoke(cli.main, ["study", "--json"]).stdout)
+    record = json.loads(call("study", "--json").stdout)
     assert list(record["studies"]) == list(STUDIES)
 
 
@@ -228,14 +221,9 @@ def test_a_trial_takes_the_same_number_of_every_class_and_split_of_what_is_given
 
 
 def test_a_trial_of_several_labels_keeps_them(tmp_path):
-    rng = np.random.default_rng(0)
-    (tmp_path / "images").mkdir()
-    lines = ["path,effusion,mass,split,patient"]
-    for k in range(12):
-        Image.fromarray(rng.integers(0, 255, (8, 8), np.uint8)).save(tmp_path / "images" / f"{k}.png")
-        lines.append(f"images/{k}.png,{k % 2},{'' if k % 3 else 1},train,p{k // 2}")
-    (tmp_path / "t.csv").write_text("\n".join(lines))
-    whole = open_source(tmp_path / "t.csv", columns={"label": "effusion,mass", "group": "patient"})
+    rows = [f"images/{k}.png,{k % 2},{'' if k % 3 else 1},train,p{k // 2}" for k in range(12)]
+    table = listed(tmp_path, "\n".join(["path,effusion,mass,split,patient", *rows]))
+    whole = open_source(table, columns={"label": "effusion,mass", "group": "patient"})
     few = few_of(OpenedSet(ImageSet("x", "", ()), "x", whole), tmp_path / "few").dataset
     assert few.task == "multilabel" and few.classes == ["effusion", "mass"]
     key = {whole.read(row): (str(whole.labels[row]), whole.groups[row]) for row in range(len(whole))}

@@ -5,16 +5,15 @@ from __future__ import annotations
 import json
 
 import pytest
-from click.testing import CliRunner
+from support.command import call
 
-import cli
 from heads.studies.recipes import STUDIES
 
 pytestmark = pytest.mark.slow
 
 
 def run(*words: str) -> dict:
-    result = CliRunner().invoke(cli.main, ["study", *words, "--json", "--quiet"])
+    result = call("study", *words, "--json", "--quiet")
     assert result.exit_code == 0, result.output
     return json.loads(result.stdout)
 

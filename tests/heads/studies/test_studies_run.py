@@ -10,10 +10,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from click.testing import CliRunner
 from PIL import Image
+from support.command import call
+from support.small_sets import listed
 
-import cli
 from featurecache import open_view
 from featurecache.errors import BadOption, CannotWrite, RunError, StepFailed, Stopped
 from heads import api
@@ -204,8 +204,7 @@ def test_a_step_that_fails_is_named_with_the_way_around_it(data, tmp_path, monke
 
 def test_a_dry_run_says_the_steps_and_writes_nothing(data, tmp_path):
     out = tmp_path / "s"
-    words = ["study", "small", "--data", str(data), "--out", str(out), "--dry-run"]  # no weights are here
-    result = CliRunner().invoke(cli.main, words)
+    result = call("study", "small", "--data", data, "--out", out, "--dry-run")  # no weights are here
     assert result.exit_code == 0 and not out.exists()
     assert "cnn-cifar" in result.output and "time       about" in result.output
 
@@ -313,15 +312,10 @@ def test_a_share_is_written_as_studies_write_it():
 
 @pytest.mark.slow
 def test_names_that_are_html_stay_text(tmp_path):
-    rng = np.random.default_rng(0)
-    (tmp_path / "d").mkdir()
-    lines = ["path,label,split"]
-    for k in range(78):
-        Image.fromarray(rng.integers(0, 255, (8, 8), np.uint8)).save(tmp_path / "d" / f"{k}.png")
-        split = "train" if k < 38 else "val" if k < 58 else "test"
-        lines.append(f'{k}.png,"{EVIL if k % 2 else "b"}",{split}')
-    (tmp_path / "d" / "t.csv").write_text("\n".join(lines))
-    page = study(tmp_path / "s", tmp_path / "d/t.csv", only=["heads"]).page.read_text()
+    splits = ["train"] * 38 + ["val"] * 20 + ["test"] * 20
+    rows = [f'{k}.png,"{EVIL if k % 2 else "b"}",{split}' for k, split in enumerate(splits)]
+    table = listed(tmp_path / "d", "\n".join(["path,label,split", *rows]))
+    page = study(tmp_path / "s", table, only=["heads"]).page.read_text()
     assert page.count("<script>") == 1 and "<img" not in page and "&lt;img src=x" in page
 
 

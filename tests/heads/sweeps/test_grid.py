@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from featurecache.errors import BadOption
 from heads.sweeps.grid import Range, choices, numbers, search_range
+from heads.sweeps.plan import _values_text
 
 
 def test_a_range_goes_in_equal_ratios_and_ends_where_it_says():
@@ -35,6 +38,13 @@ def test_equal_steps_and_whole_numbers():
     assert search_range("batch-size", "16..128") == Range(16, 128)
     assert search_range("epochs", "5..52:+10") == Range(5, 45, 10) and str(Range(5, 45, 10)) == "5..45:+10"
     assert search_range("dropout", "0..0.5:+0.1") == Range(0.0, 0.5, 0.1)
+
+
+@given(st.floats(1e-9, 1.0), st.floats(1.5, 1e12), st.integers(1, 10**9))
+def test_numbers_in_a_command_are_those_that_were_used(low, high, whole):
+    assert search_range("lr", str(Range(low, high))) == Range(low, high)
+    assert numbers("lr", _values_text((low, high))) == (low, high)
+    assert numbers("epochs", _values_text((whole,))) == (whole,)
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from support.plant import flip
 from support.sweeps import content, sweep, trained, view_of
 
 from featurecache.errors import BadOption, RunError, Stopped
@@ -71,11 +72,11 @@ def test_a_search_is_enlarged_by_more_trials(monkeypatch):
 def test_a_search_never_looks_at_test():
     """Its labels may be anything: the same settings are tried and chosen."""
     chosen = []
-    for flip in (False, True):
+    for other in (False, True):
         view = view_of(splits="given")
         test = np.array(view.splits) == "test"
-        view.labels[test] = (1 - view.labels[test]) if flip else view.labels[test]
-        result = sweep(view, folder=str(flip), trials=9, **SEARCH)
+        view.labels[test] = (1 - view.labels[test]) if other else view.labels[test]
+        result = sweep(view, folder=str(other), trials=9, **SEARCH)
         lrs = [row["settings"]["lr"] for row in result.rows]
         chosen.append((lrs, result.families[0].runs[0].config["settings"]["lr"]))
     assert chosen[0] == chosen[1]
@@ -90,9 +91,7 @@ def test_a_flipped_bit_in_the_batches_of_an_unfinished_search_is_named_and_costs
         trained(patch, stop=2)
         sweep(view_of(), **options)
     batches = Path("s/search.jsonl")
-    data = bytearray(batches.read_bytes())
-    data[place] ^= 1
-    batches.write_bytes(data)
+    flip(batches, place)
     (damage,) = verify_runs([Path("s")]).damages
     assert damage.path == batches and "Delete that line" in damage.what
     assert "s" in load_sweep("s").unfinished and len(load_sweep("s").rows) == 16  # a report says so; heads are there

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from support.plant import flip
 from support.sweeps import content, sweep, trained, view_of
 
 from featurecache.errors import InUse, RunError, Stopped
@@ -62,9 +58,7 @@ def test_a_damaged_head_that_waits_for_the_choice_is_not_believed():
         trained(patch, stop=1)
         sweep(view_of(), **options)
     for file in Path("s/.unchosen").iterdir():
-        data = bytearray(file.read_bytes())
-        data[-3] ^= 1
-        file.write_bytes(bytes(data))
+        flip(file, -3)
     sweep(view_of(), **options)
     assert content() == content("whole") and not Path("s/.unchosen").exists()
 
@@ -155,28 +149,3 @@ def test_without_out_the_same_sweep_goes_on_and_another_gets_a_folder_of_its_own
     views = [(view_of(), 1), (view_of(), 2), (view_of(n=140), 1)]
     names = [ablate(view, "linear", epochs=1, seeds=seeds).path.name for view, seeds in views]
     assert names == ["ablate-toy-1", "ablate-toy-1", "ablate-toy-2"]
-
-
-KILLED = """
-import sys
-sys.path[:0] = sys.argv[1:3]
-from support.sweeps import sweep, view_of
-sweep(view_of(), "linear,large,ridge", **{options!r})
-"""
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("lines", [1, 9])
-def test_killed_in_the_middle_goes_on_to_the_same_rows_and_bytes(lines):
-    options = {"lr": "1e-3,1e-1", "repeats": 8, "epochs": 3, "seeds": 2}
-    sweep(view_of(), "linear,large,ridge", "whole", **options)
-    top, rows = Path(__file__).parents[3], Path("s", ROWS)
-    code = KILLED.replace("{options!r}", repr(options))
-    child = subprocess.Popen([sys.executable, "-c", code, str(top), str(top / "tests")], env=os.environ)
-    while child.poll() is None and (not rows.exists() or rows.read_bytes().count(b"\n") < lines):
-        time.sleep(0.001)
-    child.kill()
-    assert child.wait() == -signal.SIGKILL
-    before = rows.read_bytes()
-    sweep(view_of(), "linear,large,ridge", **options)
-    assert rows.read_bytes().startswith(before) and content() == content("whole")

@@ -49,9 +49,3 @@ def test_a_class_comes_round_only_after_all_its_images_across_epochs_too():
 def test_an_epoch_is_n_draws_and_a_class_that_is_not_there_is_not_drawn():
     rows = np.concatenate(drawn([0] * 30 + [5] * 3, 10)[0])
     assert len(rows) == 33 and 16 <= (rows >= 30).sum() <= 17
-
-
-def test_the_split_seed_alone_decides_the_order():
-    labels = [0, 1, 2] * 20
-    assert all((a == b).all() for a, b in zip(drawn(labels, 7)[0], drawn(labels, 7)[0], strict=True))
-    assert any((a != b).any() for a, b in zip(drawn(labels, 7)[0], drawn(labels, 7, seed=1)[0], strict=True))

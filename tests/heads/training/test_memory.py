@@ -22,7 +22,7 @@ def test_a_job_of_a_cluster_has_the_memory_of_its_group(tmp_path: Path, monkeypa
     group(tmp_path / "slurm/job7", "memory.max", "2000000000", "anon 500000000\nfile 1400000000\n")
     assert list(memory.room_in_groups(tmp_path, tmp_path / "self")) == [1_500_000_000]
     monkeypatch.setattr(memory, "room_in_groups", lambda: [1000])
-    assert memory.memory_for_features() == 600
+    assert memory.memory_for_features() == 600 and memory.memory_for_features(rows=2) == 120  # names and answers
     monkeypatch.setattr(memory, "room_in_groups", lambda: [-5])
     assert memory.memory_for_features() == 0
 

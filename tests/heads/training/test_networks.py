@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import sys
 import time
 from dataclasses import replace
@@ -24,7 +23,7 @@ from heads.api import train_baseline
 from heads.evaluation.comparison import compare
 from heads.evaluation.external import evaluate_run
 from heads.evaluation.families import families_of, names_of
-from heads.pixel_view import PixelView, open_pixels
+from heads.pixel_view import open_pixels
 from heads.reports.provenance import train_command
 from heads.reports.side_by_side import pareto_figures
 from heads.runs.run import pixels_of
@@ -218,20 +217,14 @@ def test_a_network_and_heads_on_features_are_compared_on_the_same_images(tmp_pat
     tried = {(r["settings"]["optimizer"], r["settings"]["augment"]) for r in found.rows if r["head"] == "cnn-cifar"}
     assert tried == {("adam", None), ("adam", "flip"), ("sgd", None), ("sgd", "flip")}
     assert sum(row["head"] == "linear" for row in found.rows) == 2  # --augment is nothing to it
-    (other,) = open_pixels(data, ["cnn-cifar"], 8)
     network = by_head["cnn-cifar"].runs[0]
-    alone = trained(tmp_path / "alone", data, **{k: network.config["settings"][k] for k in ("optimizer", "augment")})
-    same, state = network.model.state_dict(), alone.model.state_dict()
-    assert network.config["settings"]["select"] != alone.config["settings"]["select"] or all(
-        torch.equal(same[name], state[name]) for name in same
-    )
-    assert len(other) == len(data)
+    own = {k: network.config["settings"][k] or "none" for k in ("optimizer", "augment", "select")}
+    state = trained(tmp_path / "alone", data, **own).model.state_dict()
+    assert all(torch.equal(value, state[name]) for name, value in network.model.state_dict().items())
 
 
-def test_a_sweep_keeps_the_published_settings_of_what_was_not_asked(tmp_path):
-    found = heads.ablate(
-        None, "cnn-cifar", data=digits(60), out=tmp_path / "sweep", epochs=1, image_size=8, lr="1e-3,1e-2",
-    )  # fmt: skip
+def test_a_sweep_keeps_the_published_settings_of_what_was_not_asked():
+    found = heads.ablate(None, "cnn-cifar", data=digits(60), out="sweep", epochs=1, image_size=8, lr="1e-3,1e-2")
     settings = [row["settings"] for row in found.rows]
     assert {each["batch_size"] for each in settings} == {128} and {each["balance"] for each in settings} == {False}
     assert [each["lr"] for each in settings] == [1e-3, 1e-2] and settings[0]["augment"] == "flip,rotate10,shift0.1"
@@ -260,39 +253,26 @@ def test_optuna_searches_for_a_network_and_goes_on(tmp_path):
     assert len(second.rows) == 3
 
 
-def test_a_run_is_evaluated_on_other_images_and_those_it_was_trained_on_are_found_without_decoding_them(
-    run, monkeypatch
-):
+def test_the_images_a_run_was_trained_on_and_columns_of_the_data_are_found_without_decoding(run, monkeypatch):
     other, own, network = pixels_of(run, digits(60)), digits(), run.model
+    own.meta["place"] %= 2
     monkeypatch.setattr("featurecache.sources.reopen", lambda source: own)
     monkeypatch.setattr("featurecache.images.decoding.decode", None)
     monkeypatch.setattr(other, "path", other.path / "elsewhere")
     record = evaluate_run(replace(run), other, resamples=50)
     assert network is run.model and record["n"] == 60
-    with open(run.path / "splits.csv", encoding="utf-8") as file:
-        used = {row["id"] for row in csv.DictReader(file) if row["split"] in ("train", "val")}
+    used = {*run.ids[np.isin(run.splits.astype(str), ("train", "val"))]}
     assert f"{len(used & set(other.ids))} of 60 images were also used to train" in record["warnings"][-1]
-
-
-def test_measures_by_a_column_of_the_data_decode_nothing(run, monkeypatch):
-    own = digits()
-    own.meta["place"] = np.arange(len(own)) % 2
-    monkeypatch.setattr("featurecache.sources.reopen", lambda source: own)
-    monkeypatch.setattr("featurecache.images.decoding.decode", None)
     found = compare(families_of([run]), by="place", resamples=20).record["by"]["place"]
-    assert [row["value"] for row in found] == ["0", "1"] and sum(row["n"] for row in found) == len(
-        run.answers("test").y
-    )
+    assert [row["value"] for row in found] == ["0", "1"]
+    assert sum(row["n"] for row in found) == len(run.answers("test").y)
 
 
-def test_a_name_that_is_no_network_has_its_neighbours_named(tmp_path):
+def test_a_name_that_is_no_network_has_its_neighbours_named_and_heads_take_no_images(tmp_path):
     with pytest.raises(UnknownHead, match=r"cnn-cifar.*train-head"):
         train_baseline(digits(), "cnn-cifer", out=tmp_path / "run")
     with pytest.raises(BadOption, match="train-baseline --arch cnn-cifar"):
         heads.training.job.choose_output(None, "cnn-cifar", None)
-
-
-def test_a_classifier_of_many_inputs_is_no_head(run, tmp_path):
     (view,) = open_pixels(digits(30), ["cnn-cifar"], 8)
     with pytest.raises(BadOption, match="linear is a head on features"):
         heads.train_head(view, "linear", out=tmp_path / "run")
@@ -352,30 +332,22 @@ def test_a_run_says_what_it_cost_and_saw_and_by_which_command(run):
     assert run.config["parameters"] == 174_803 and run.config["spec"]["kind"] == "pixels"
     cost = run.config["cost"]
     assert cost["forward_ms"] == 0 and cost["loading_ms"] > 0 and 0 < cost["seconds_to_best"] <= cost["train_seconds"]
-    with open(run.path / "history.csv", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
-    assert [row["epoch"] for row in rows] == ["1", "2"] and all(0 <= float(row["val_top1"]) <= 1 for row in rows)
+    assert [row["epoch"] for row in run.history] == [1, 2] and all(0 <= row["val_top1"] <= 1 for row in run.history)
     assert names_of(families_of([run])) == ["cnn-cifar at 8 px"]
-    assert train_command(run) == (
-        "featurecache train-baseline --arch cnn-cifar --data digits --epochs 2 --batch-size 16 --augment none "
-        "--image-size 8"
-    )
+    options = "--epochs 2 --batch-size 16 --augment none --image-size 8"
+    assert train_command(run) == f"featurecache train-baseline --arch cnn-cifar --data digits {options}"
 
 
 def test_a_preprocessing_that_is_damaged_is_said(run):
     spec = {**run.config["spec"], "preprocess": {"mode": "no"}}
     with pytest.raises(RunError, match="how its images were resized"):
         pixels_of(replace(run, config={**run.config, "spec": spec}))
-    assert isinstance(pixels_of(run, digits(9)), PixelView)
-    assert Preprocess.from_dict({k: v for k, v in run.config["spec"]["preprocess"].items() if k != "decoding"})
-
-
-COSTS = ("seconds_to_best", "inference_ms", "ms_per_image")
 
 
 def test_quality_is_charted_against_the_costs_that_decide():
     def family(name, output, seconds, value):
-        cost = {"train_seconds": 2 * seconds, **dict.fromkeys(COSTS, seconds)}
+        cost = dict.fromkeys(("seconds_to_best", "inference_ms", "ms_per_image"), seconds)
+        cost["train_seconds"] = 2 * seconds
         return {"name": name, "output": output, "test": {"auroc": {"value": value, "low": None, "high": None}}, **cost}
 
     rows = [family("linear", "cls", 1.0, 0.8), family("cnn", "pixels-32", 9.0, 0.7), family("ridge", "cls", 4.0, 0.9)]

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from functools import partial
+import math
 
 import numpy as np
 import pytest
 import torch
 from support.fake_view import label_view, toy_view
+from support.runs import train_head
 from torch import nn
 from torch.optim import lr_scheduler
 
 from featurecache import formatting
-from heads.api import train_head
 from heads.models.catalogue import make_head
 from heads.settings import Settings
 from heads.task import load_features
@@ -21,8 +21,6 @@ from heads.training.batches import PlainBatches
 from heads.training.job import prepare_training
 from heads.training.loop import Schedule
 from heads.training.train import train_together
-
-train_head = partial(train_head, report=False)
 
 CHAINS = {  # of 8 epochs of 5 steps, of which 10 steps warm up
     "linear": lambda o: lr_scheduler.LinearLR(o, 1.0, 1e-12, total_iters=30),
@@ -57,46 +55,43 @@ def test_plateau_is_torchs():
     assert ours.rates(1, 5)[0] < 0.4 and not ours.by_step
 
 
-@pytest.mark.parametrize("head", ["large", "linear"])
-def test_a_schedule_by_steps_and_clipping_are_those_of_a_plain_torch_loop(head):
-    view = toy_view(n=200, splits="given", noise=2.0, tokens=5)
-    schedule = {"schedule": "linear", "warmup": 1 / 3, "clip_norm": 0.3}
-    settings = Settings(head, epochs=3, balance=False, select="loss", standardize="none", **schedule)
+SHAPED = {"schedule": "linear", "warmup": 1 / 3, "clip_norm": 0.3, "weight_decay": 0.1, "label_smoothing": 0.1}
+
+
+@pytest.mark.parametrize("options", [{}, SHAPED, SHAPED | {"optimizer": "adamw"}], ids=["plain", "shaped", "adamw"])
+@pytest.mark.parametrize("head", ["large", "linear", "mlp", "mean-linear", "cls+mean"])
+def test_heads_are_those_of_a_plain_torch_loop(head, options):
+    """Also with a schedule by steps, clipping, smoothing, and decay on weights only; those on fixed vectors of tokens,
+    which are computed once, as stepped through all tokens."""
+    view = toy_view(n=200, splits="given", noise=2.0, tokens=5, prefix=("cls",), grid=(2, 2))
+    settings = Settings(head, epochs=3, balance=False, select="loss", standardize="none", dropout=0.0, **options)
     job = prepare_training(view, settings)
     (fit,) = train_together(job, [settings])
-    model = make_head(head, job.input, 2, torch.Generator().manual_seed(0))
+    model = make_head(head, job.input, 2, torch.Generator().manual_seed(0), dropout=0.0)
     data = load_features(view, job.output, job.splits.rows("train"), job.task.labels)
-    optimizer, batches, total = torch.optim.Adam(model.parameters(), lr=1e-3), PlainBatches(len(data), 32, 0), 0
+    weights, others = ([p for p in model.parameters() if (p.ndim > 1) is decays] for decays in (True, False))
+    groups = [{"params": weights, "weight_decay": settings.weight_decay}, {"params": others, "weight_decay": 0.0}]
+    optimizer = (torch.optim.AdamW if "optimizer" in options else torch.optim.Adam)(groups)
+    batches, total = PlainBatches(len(data), 32, 0), 0
     steps = -(-len(data) // 32)
     for _ in range(3):
         for x, y in map(data.batch, batches.epoch()):
             ramp = (total + 1) / (steps + 1) if total < steps else 1 - (total - steps) / (2 * steps)
-            optimizer.param_groups[0]["lr"], total = 1e-3 * ramp, total + 1
+            for group in optimizer.param_groups:
+                group["lr"] = 1e-3 * (ramp if options else 1)
+            total += 1
             optimizer.zero_grad()
-            nn.functional.cross_entropy(model(x), y).backward()
-            nn.utils.clip_grad_norm_(model.parameters(), 0.3)
+            nn.functional.cross_entropy(model(x), y, label_smoothing=settings.label_smoothing).backward()
+            nn.utils.clip_grad_norm_(model.parameters(), settings.clip_norm or math.inf)
             optimizer.step()
-    assert fit.epoch == 3 and fit.history[-1]["lr"] == pytest.approx(1e-3 / (2 * steps))
+    assert fit.epoch == 3 and fit.history[-1]["lr"] == pytest.approx(1e-3 / (2 * steps) if options else 1e-3)
     for name, weight in model.state_dict().items():
         torch.testing.assert_close(fit.model.state_dict()[name], weight, atol=1e-5, rtol=1e-4)
 
 
-def test_heads_of_fewer_epochs_leave_the_others_that_share_their_batches():
-    view = toy_view(n=200, splits="given", noise=3.0)
-    settings = [Settings("linear", epochs=n, patience=0, schedule="cosine") for n in (2, 7)]
-    fits = train_together(prepare_training(view, settings[0]), settings)
-    assert [len(fit.history) for fit in fits] == [2, 7]
-    (alone,) = train_together(prepare_training(view, settings[0]), settings[:1])
-    torch.testing.assert_close(fits[0].model.ln.weight, alone.model.ln.weight)
-
-
-@pytest.mark.parametrize("labels", [False, True], ids=["classes", "labels"])
-@pytest.mark.parametrize("head", ["linear", "large"])
+@pytest.mark.parametrize(("head", "labels"), [("linear", False), ("linear", True), ("large", False)])
 def test_accuracy_on_train_is_that_of_the_logits_before_each_step(head, labels):
     view = label_view(n=160, labels=3, unknown=0.3) if labels else toy_view(n=160, classes=3, noise=2.0)
-    if head == "large":
-        view = toy_view(n=160, classes=3, noise=2.0, tokens=5)
-        labels = False
     settings = Settings(head, epochs=1, batch_size=500, balance=False, select="loss", standardize="none")
     job = prepare_training(view, settings)
     (fit,) = train_together(job, [settings])

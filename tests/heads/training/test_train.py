@@ -2,103 +2,22 @@
 
 from __future__ import annotations
 
-import csv
 from functools import partial
 
 import numpy as np
 import pytest
 import torch
-from sklearn.linear_model import LogisticRegression
 from support.fake_view import label_view, toy_view
+from support.runs import train_head
 from torch import nn
 
 from featurecache.errors import BadOption, NotInCache, ProtocolError
-from heads.api import train_head
-from heads.models.catalogue import HEADS, make_head
+from heads.models.catalogue import HEADS
 from heads.settings import Settings
-from heads.task import SplitData, Standardize, task_of
+from heads.task import Standardize, task_of
 from heads.training import engine
-from heads.training.batches import BinaryCrossEntropy, CrossEntropy, PlainBatches, loss_and_prior
-from heads.training.engine import make_trainer, run_epoch
+from heads.training.batches import BinaryCrossEntropy, loss_and_prior
 from heads.training.job import choose_output
-
-train_head = partial(train_head, report=False)
-
-
-def learner(shape, classes, name="linear", seed=0, lr=1e-3, weight_decay=0.0):
-    own = torch.Generator().manual_seed(seed)
-    settings = Settings(name, lr=lr, weight_decay=weight_decay, seed=seed)
-    return make_trainer([make_head(name, shape, classes, own)], [CrossEntropy(classes)], [own], [settings])
-
-
-def objective(weight, bias, x, y, c):
-    """scikit-learn's, over C·N: mean loss + |W|² / (2 C N)."""
-    loss = nn.functional.cross_entropy(x @ weight.T + bias, y, reduction="mean")
-    return float(loss + weight.square().sum() / (2 * c * len(y)))
-
-
-@pytest.mark.parametrize(("classes", "their_c"), [(3, 0.1), (5, 0.1), (2, 0.2)])
-def test_linear_reaches_the_objective_of_logistic_regression(classes, their_c):
-    """Weight decay 1/(C·N) on the weights only; for two classes the two-column penalty is half of theirs: 2C."""
-    rng = np.random.default_rng(0)
-    y = np.arange(300) % classes
-    x = rng.normal(size=(300, 6)) + rng.normal(size=(classes, 6))[y] + 3.0  # overlapping, and a bias is needed
-    c, xt, yt = 0.1, torch.from_numpy(x).float(), torch.from_numpy(y)
-    ours = learner((6,), classes, lr=0.02, weight_decay=1 / (c * 300))
-    for _ in range(3000):
-        run_epoch(ours, SplitData(xt, yt), [torch.arange(300)])
-    theirs = LogisticRegression(C=their_c, max_iter=10_000, tol=1e-10).fit(x, y)
-    w, b = torch.from_numpy(theirs.coef_).float(), torch.from_numpy(theirs.intercept_).float()
-    if classes == 2:
-        w, b = torch.cat([-w / 2, w / 2]), torch.cat([-b / 2, b / 2])
-    state = ours.state(0)
-    got, want = objective(state["ln.weight"], state["ln.bias"], xt, yt, c), objective(w, b, xt, yt, c)
-    assert want * 0.9999 <= got <= want * 1.001
-
-
-@pytest.mark.parametrize("name", ["linear", "large"])
-def test_five_epochs_without_balancing_equal_a_plain_torch_loop(name):
-    view = toy_view(n=150, classes=3, noise=0.5)
-    output = "cls" if name == "linear" else "tokens"
-    run = train_head(
-        view, name, epochs=5, patience=0, balance=False, select="loss", seed=4, split_seed=7, batch_size=32,
-        lr=1e-3, optimizer="adam", schedule="constant", standardize="none",
-    )  # fmt: skip
-    train = np.flatnonzero(run_splits(run) == "train")
-    x, y = view.features[output][train].float(), torch.from_numpy(view.labels[train])
-    torch.manual_seed(4)
-    if name == "linear":
-        plain = nn.Linear(8, 3)
-    else:
-        plain = nn.Sequential(nn.Linear(5, 256), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 256, 3))
-        x = x.transpose(1, 2)
-    optimizer = torch.optim.Adam(plain.parameters(), lr=1e-3)
-    order = PlainBatches(len(y), 32, split_seed=7)
-    for _ in range(5):
-        for rows in order.epoch():
-            optimizer.zero_grad()
-            nn.functional.cross_entropy(plain(x[rows]), y[rows]).backward()
-            optimizer.step()
-    assert run.config["chosen"]["epoch"] == 5
-    with torch.no_grad():
-        ours, theirs = run.model(view.features[output][train].float()), plain(x)
-    torch.testing.assert_close(ours, theirs, atol=1e-5 * float(theirs.abs().max()), rtol=0)
-    if name == "linear":  # in `large` single weights with gradients near Adam's epsilon follow the order of summation
-        torch.testing.assert_close(
-            list(run.model.state_dict().values()), list(plain.state_dict().values()), atol=1e-5, rtol=0
-        )
-
-
-def run_splits(run):
-    with (run.path / "splits.csv").open(newline="") as file:
-        return np.array([row["split"] for row in csv.DictReader(file)])
-
-
-def test_weight_decay_is_on_weights_only():
-    (ours,) = learner((5, 6), 3, name="large", weight_decay=0.5).learners
-    decay = {id(p): group["weight_decay"] for group in ours.optimizer.param_groups for p in group["params"]}
-    names = {name: decay[id(p)] for name, p in ours.model.named_parameters()}
-    assert names == {"ln1.weight": 0.5, "second": 0.5, "ln1.bias": 0.0, "second_bias": 0.0}
 
 
 def test_the_best_epoch_on_val_is_kept_and_test_is_read_after_the_choice(monkeypatch):
@@ -184,9 +103,8 @@ def test_what_is_said_has_the_features_the_splits_and_the_head():
     train_head(toy_view(n=200), "linear", epochs=1, say=lines.append)
     assert lines[0] == "features   vit-toy/toy cls [8]"
     assert lines[1].startswith("splits     train 140 · val 30 · test 30 (70/15/15 drawn")
-    assert lines[2].startswith(
-        "head       linear: 18 parameters; balanced batches of 32; Adam 0.03 in the eigenbasis, cosine; zscore by "
-    )
+    words = "head       linear: 18 parameters; balanced batches of 32; Adam 0.03 in the eigenbasis, cosine; zscore by "
+    assert lines[2].startswith(words)
     assert lines[3].startswith("epochs     1 in 0.0 s; best 1: train loss ")
 
 
@@ -196,7 +114,7 @@ def test_balanced_training_is_corrected_to_the_prevalence():
     view.labels[positives[np.random.default_rng(0).permutation(len(positives))[:450]]] = 0
     view.features["cls"][torch.from_numpy(view.labels == 1)] += 1
     run = train_head(view, "linear", epochs=10, lr=1e-2)
-    share = (view.labels[run_splits(run) == "train"] == 1).mean()
+    share = (view.labels[run.splits == "train"] == 1).mean()
     np.testing.assert_allclose(run.config["calibration"]["correction"], np.log([(1 - share) * 2, share * 2]))
     p = np.exp(run.logits(view.features["cls"]))
     assert (p[:, 1] / p.sum(1)).mean() == pytest.approx((view.labels == 1).mean(), abs=0.03)
@@ -288,7 +206,6 @@ def test_tokens_that_are_not_stored_say_the_command_that_stores_them():
         ("linear", {"select": "auroch"}, "no measure. Near: auroc"),
         ("linear", {"select": "mae"}, "not measured for a binary task"),
         ("linear", {"pos_weight": True}, "--pos-weight is for multi-label"),
-        ("linear", {"epochs": 0}, "--epochs is 0"),
     ],
 )
 def test_options_that_cannot_work_are_refused(head, options, said):
