@@ -58,7 +58,7 @@ def is_out_of_memory(error: RuntimeError) -> bool:
 
 
 class ForwardRunner:
-    """A backbone on a device, in one precision, in batches of exactly ``batch_size`` rows, in one way.
+    """A backbone on a device, in one precision, in batches of ``batch_size`` rows or fewer, in one way.
 
     ``parts``: what the backbone's wrapper will be asked for, for ``openvino`` in one graph; others than these make
     another graph. Raises ForwardUnavailable. ``release`` frees the weights that the way does not need.

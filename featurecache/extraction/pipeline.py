@@ -1,8 +1,9 @@
 """The extraction pipeline on one machine: decode threads → forward pass → writer thread; what each stage takes.
 
 Order never depends on who finishes first: decoded images are taken in the order they were requested, every forward pass
-has exactly B rows (`featurecache.extraction.forward`), and the writer handles batches one by one. `decode_many` is the
-one way in which images are read, decoded and resized in threads, also where no shard is written.
+has B rows or was seen to give their bits with fewer (`featurecache.extraction.forward`), and the writer handles batches
+one by one. `decode_many` is the one way in which images are read, decoded and resized in threads, also where no shard
+is written.
 """
 
 from __future__ import annotations
