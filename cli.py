@@ -1,4 +1,4 @@
-"""The command line `featurecache`: the order of its commands, and ls, info and leaks, which look at both packages."""
+"""The command line `featurecache`: order of its commands; ls, info, verify and leaks, which look at both packages."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Commands that look after a cache: leaks, verify, repair, rm, gc, compact, export, import, merge; what they print."""
+"""Commands that look after a cache: repair, rm, gc, compact, export, import, merge; what they and verify print."""
 
 from __future__ import annotations
 

@@ -32,7 +32,7 @@ class PublishedNumber:
     """One number as it was reported, and the step of ours that it stands beside."""
 
     what: str
-    measure: str  # of heads.metrics.classification.METRICS, "train_seconds" or "ms_per_image"
+    measure: str  # of heads.settings.METRICS, "train_seconds" or "ms_per_image"
     value: float  # of measures a fraction
     ours: str = ""  # the name of a step; "": we have none like it
     head: str = ""  # of that step, where it trains several
