@@ -141,7 +141,7 @@ class Settings:
     image_size: int | None = _option(
         None, "Pixels of a side. [default: the network's own]", values="[1, inf)", of="network"
     )
-    device: str = _option("cpu", "auto, cpu, cuda, mps.", of="network")
+    device: str = _option("cpu", "auto, cpu, cuda, mps.", of="network", shown="NAME")
     lora: int | None = _option(None, "Only adapters of this rank are trained.", of="finetune")
     rlrr: bool = _option(False, "Only low-rank rescalings are trained.", of="finetune")
     weights: str | None = _option(None, "A file or folder with the backbone's weights.", of="finetune", shown="PATH")

@@ -282,7 +282,7 @@ extraction_options = options_of(  # which images, which backbone, which store: w
 @option(
     "--accept-drift", is_flag=True, help="A new generation, where this machine computes other features than the store."
 )
-@option("--forward", type=Choice(["auto", *WAYS]), default="auto", help="How it computes. [default: measured]")
+@option("--forward", type=Choice(["auto", *WAYS]), default="auto", help="How it computes; auto: as measured.")
 @option("--yes", is_flag=True, help="Do not ask before keeping more than 20 GB.")
 def extract(
     talk: Console, dry_run: bool, sheet: str | None, yes: bool, columns: tuple[str, ...], **options: Any

@@ -209,7 +209,7 @@ def _written(report: Any) -> str:
 @command
 @argument("name", required=False, metavar="[NAME]")
 @option("--data", multiple=True, metavar="[SET=]SOURCE", help="As extract takes it. [default: fetched]")
-@option("--quick", is_flag=True, help="A trial in about a minute: few images, small untrained networks.")
+@option("--quick", is_flag=True, help="A trial in a minute or two: few images, small untrained networks.")
 @option("--random-weights", is_flag=True, help="Run it without pretrained weights; published numbers are greyed.")
 @option("--weights", multiple=True, metavar="[BACKBONE=]PATH", help="A copy of the weights that you have.")
 @option("--only", metavar="A,B", help="These steps, and what they need; * stands for anything.")
