@@ -1,6 +1,6 @@
-"""The pictures of the pages, from a real session: docs/start.md says which commands made it.
+"""The pictures of the pages, from what the commands of docs/start.md leave.
 
-    python docs/images/make.py FOLDER     (the folder that holds the session's runs/)
+    python docs/images/make.py FOLDER     (in which they were typed: it holds runs/)
 
 Needs playwright and Chromium (extra ``dev``).
 """
@@ -33,16 +33,16 @@ def crop(page: Page, first: str, last: str) -> Image.Image:
     return whole.crop((0, max(0, int(top["y"]) - 24), whole.width, int(bottom["y"] + bottom["height"]) + 16))
 
 
-def main(session: Path) -> None:
+def main(folder: Path) -> None:
     with sync_playwright() as driver:
         browser = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
         page = browser.new_page(viewport={"width": 1240, "height": 900})
-        page.goto((session / "runs/ablate-chest-1/report.html").resolve().as_uri())
+        page.goto((folder / "runs/ablate-chest-1/report.html").resolve().as_uri())
         write("report", crop(page, "h1", "#leaderboard"))
         write("charts", crop(page, "#f1 .charts", "#f1 .charts"))
         write("mistakes", crop(page, "#f1 .pictures", "#f1 .pictures"), colours=128)
         browser.close()
-    maps = Image.open(session / "runs/chest-large-1/explain/001-a-contribution.png")
+    maps = Image.open(folder / "runs/chest-large-1/explain/001-a-contribution.png")
     write("explain", maps, colours=128)
 
 
