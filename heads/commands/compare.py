@@ -186,8 +186,8 @@ def explain(talk: Console, runs: tuple[str, ...], images: tuple[str, ...], **opt
     featurecache explain --run runs/chest-large-1 new.png folder/
     featurecache explain --run runs/chest-large-1 --kind attention new.png
 
-    Beside each map the same of the head with its weights shuffled: a map that looks like that says nothing. IMAGE is a
-    file, a folder, a table, or the id of an image of the run's data.
+    Beside each map but attention's the same of the head with its weights shuffled: a map that looks like that says
+    nothing. IMAGE is a file, a folder, a table, or the id of an image of the run's data.
     """
     import heads
     from heads.explanations.explain import explanations_table
