@@ -136,14 +136,22 @@ def expand_frames(dataset: Dataset, page: str | None = None) -> Dataset:
     rows = np.repeat(np.arange(len(dataset)), [len(each) for each in frames_of])
     groups = dataset.groups if dataset.groups is not None else _patients(dataset.ids, file_of, files, len(rows))
     taken = replace(dataset, groups=groups).at(rows)
-    ids = [name if frame is None else f"{name}#frame={frame}" for name, frame in zip(taken.ids, frames, strict=True)]
+    ids = _frame_names(taken.ids, frames)
     if taken.groups is not None:  # a group of its own bears the id of its first image, by which it is hidden too
         first = dict(zip(reversed(taken.ids), reversed(ids), strict=True))
         groups = [first.get(group, group) for group in taken.groups]
-    images: Any = taken.images
-    images = replace(images, ids=ids, frames=frames) if images.archived else FrameFiles(images.root, ids)
+    images: Any = taken.images  # whose files may be called otherwise than the rows: without an ending, with backslashes
+    if images.archived:
+        images = replace(images, ids=ids, frames=frames)
+    else:
+        images = FrameFiles(images.root, _frame_names(images.ids, frames))
     notes = (*dataset.notes, *_notes(dataset.groups is not None, list(files.values()), page))
     return replace(taken, ids=ids, groups=groups, images=images, notes=notes)
+
+
+def _frame_names(names: Sequence[str], frames: Sequence[int | None]) -> list[str]:
+    """What `split_frame` divides."""
+    return [name if frame is None else f"{name}#frame={frame}" for name, frame in zip(names, frames, strict=True)]
 
 
 def _files_of(

@@ -63,6 +63,16 @@ def test_a_table_lists_files_or_single_frames(tmp_path):
     assert data.groups == ["a.dcm#frame=2", "b.dcm#frame=0", "b.dcm#frame=0", "a.dcm#frame=2"]
 
 
+@pytest.mark.parametrize("name", ["scans/{}.dcm", "scans\\{}.dcm", "scans/{}"])
+def test_frames_of_a_file_that_a_table_calls_otherwise_are_read(tmp_path, name):
+    save(tmp_path / "scans" / "a.dcm", THREE)
+    save(tmp_path / "scans" / "b.dcm", TWO)
+    (tmp_path / "t.csv").write_text(f"path,label\n{name.format('a')},x\n{name.format('b')},y\n")
+    data = open_source(tmp_path / "t.csv")
+    assert data.ids == [f"{name.format(file)}#frame={k}" for file, n in (("a", 3), ("b", 2)) for k in range(n)]
+    assert [int(decode(data.read(row))[0, 0, 0]) for row in range(5)] == [0, 16, 32, 0, 16]
+
+
 def test_a_frame_that_is_not_there_is_a_named_failure(tmp_path):
     save(tmp_path / "a.dcm", TWO)
     (tmp_path / "t.csv").write_text("path\na.dcm#frame=2\nc.dcm#frame=0\n")
