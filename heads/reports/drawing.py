@@ -235,8 +235,9 @@ class Figure:
         """float [h, w, 4] with title, ``note`` and legend."""
         from matplotlib.image import imread
         from matplotlib.lines import Line2D
+        from matplotlib.transforms import Bbox
 
-        figure, data = self.plot.figure, io.BytesIO()
+        figure, data, below = self.plot.figure, io.BytesIO(), 0.0
         with _settings():
             self.plot.finish()
             figure.text(0, 1 + 12 / (figure.get_figheight() * 72), short(self.title, 60), fontsize=11, color=INK)
@@ -246,10 +247,14 @@ class Figure:
                 lines = [
                     Line2D([], [], color=COLOURS.get(key, SERIES[1]), ls=DASHES.get(key, "-"), lw=1.8) for key in styles
                 ]
-                place: dict[str, Any] = {"loc": "upper center", "bbox_to_anchor": (0.5, 0)}
-                place["ncols"] = 1 if max(map(len, names)) > 24 else 2
+                columns, below = 1 if max(map(len, names)) > 24 else 2, 12.0
+                below += 14 * math.ceil(len(names) / columns)
+                place: dict[str, Any] = {"loc": "upper center", "bbox_to_anchor": (0.5, 0), "ncols": columns}
                 figure.legend(lines, names, frameon=False, fontsize=9, labelcolor=INK, **place)
-            how: dict[str, Any] = {"dpi": 140, "bbox_inches": "tight", "facecolor": PAPER}
+            width, height = figure.get_size_inches() * 72
+            # "tight" would draw the figure once more, to measure it
+            extent = Bbox.from_extents(*np.array([-6, -below - 6, width + 6, height + 30]) / 72)
+            how: dict[str, Any] = {"dpi": 140, "bbox_inches": extent, "facecolor": PAPER}
             figure.savefig(data, format="png", pil_kwargs={"compress_level": 0}, **how)  # of a file that nobody keeps
         data.seek(0)
         return imread(data)
