@@ -51,7 +51,7 @@ def number(value: float | None, digits: int = 3) -> str:
 
 def exact_number(value: float) -> str:
     """The shortest text that reads back as this very number, as a command has to: 0.001, 1e-05, 12, 1234567."""
-    return text if float(text := f"{value:g}") == value else repr(value)
+    return text if float(text := f"{value:g}") == value else str(value)
 
 
 def size_text(size: float) -> str:

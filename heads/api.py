@@ -238,6 +238,8 @@ def _open_views(
         raise BadOption(f"--data gives images to networks from pixels alone; {why}. --features names a view of both.")
     named = [features] if features is None or isinstance(features, str | Path) or hasattr(features, "ids") else features
     views: list[FeatureView] = []
+    if data is None and not named:
+        raise BadOption("there are no features to compare heads on: name a view, or several.")
     if data is None:
         views += [open_view(each, cache) if each is None or isinstance(each, str | Path) else each for each in named]
     if not baselines:

@@ -35,7 +35,7 @@ import xxhash
 from featurecache.arithmetic import exact_arithmetic
 from featurecache.backbones import load_backbone
 from featurecache.backbones.base import Backbone, versions
-from featurecache.errors import Drift, ForwardUnavailable, NotInCache, UnsafeFile
+from featurecache.errors import BadOption, Drift, ForwardUnavailable, NotInCache, UnsafeFile
 from featurecache.extraction.forward import ForwardRunner, output_layout, parts_for, pick_device, spec_of
 from featurecache.extraction.openvino_graph import graph_is_stored, graph_key, is_user_code
 from featurecache.extraction.pipeline import decode_many
@@ -251,10 +251,11 @@ def load_stored_backbone(store: Store, request: dict[str, Any]) -> Backbone:
 class StoreBackbone:
     """Makes of new images what a store would hold of them.
 
-    ``exact``: in the store's own way also where its graph has to be converted first, which takes seconds; otherwise
-    the library's may serve. ``weights``: where they are now, if not where they were. ``trust_code``: run the module of
-    a ``python:`` backbone that the store's record names. Raises NotInCache when the backbone that is found is not the
-    one of the store, Drift when this machine makes something else of the probe images.
+    ``exact``: in the store's own way also where its graph has to be converted or its network compiled first, which
+    takes seconds or a minute; otherwise the library's may serve. ``weights``: where they are now, if not where they
+    were. ``trust_code``: run the module of a ``python:`` backbone that the store's record names. Raises NotInCache when
+    the backbone that is found is not the one of the store, Drift when this machine makes something else of the probe
+    images.
     """
 
     @exact_arithmetic()
@@ -278,12 +279,13 @@ class StoreBackbone:
         self._checked: set[Output] = set()
 
     def _runner(self, plan: dict[str, Any], device: torch.device, exact: bool) -> ForwardRunner:
-        """As the store computes, where that can be had: a graph that would have to be converted only if ``exact``."""
+        """As the store computes, where that can be had; what is converted or compiled first only if ``exact``."""
         parts = plan.get("parts") or sorted(parts_for([anchor_output(self.backbone)]))
         precision = self.store.spec.precision
         make = partial(ForwardRunner, self.backbone, precision, device, plan["batch_size"], threads=plan["threads"])
         way = plan.get("forward", "library")
-        if way != "openvino" or exact or graph_is_stored(graph_key(self.backbone, parts)):
+        is_ready = way == "openvino" and graph_is_stored(graph_key(self.backbone, parts))
+        if exact or is_ready or way not in ("openvino", "compiled"):
             with contextlib.suppress(ForwardUnavailable):  # the probe images decide about another way
                 return make(way=way, parts=parts)
         return make()
@@ -349,4 +351,6 @@ def compute(
 
     Encoded bytes or arrays uint8 [H,W] / [H,W,3] → ([n, ...] in the storage dtype, [(index, reason)] of those left
     out). For the options, and what it raises beside what ``load_backbone`` does, see `StoreBackbone`."""
+    if wrong := [type(each).__name__ for each in images if not isinstance(each, EncodedImage)]:
+        raise BadOption(f"an image is {wrong[0]}; expected encoded bytes, or arrays uint8 [H, W] or [H, W, 3].")
     return backbone_of(like, device=device, weights=weights, trust_code=trust_code).rows(images, *members(output))

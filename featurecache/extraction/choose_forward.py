@@ -41,7 +41,7 @@ from featurecache.store.store import Store
 
 LONG = {"cpu": 60.0, "cuda": 600.0}  # seconds of the library's forward that are worth a conversion; compiling
 GAIN = 1.3  # of a product by oneDNN, from which on short jobs take it too: nothing has to be converted
-SHORT = 0.3  # seconds that a remembered way has to save: a graph takes no longer to load than a network does
+SHORT, COMPILING = 0.3, 60.0  # seconds that a remembered way has to save: a graph's loading, compiled again each time
 FP32_ERROR, BF16_ERROR, BF16_RATIO = 1e-5, 1.5e-2, 1.1
 PROBED = 4  # batches: jobs of no more are not measured at all
 QUICK = 0.25  # seconds for the probe images: a network that takes longer is not timed on more than these
@@ -60,11 +60,11 @@ class ForwardChoice:
     images_per_s: float | None = None  # of this way, in this job
     bf16_images_per_s: float | None = None  # what --precision bf16 would make of a long fp32 job
     notes: tuple[str, ...] = ()  # what was refused, and why
-    parts: tuple[str, ...] = ()  # that the graph of the way gives: in bf16 its last bits depend on them
+    parts: tuple[str, ...] = ()  # that a graph or compiled network gives: last bits depend on them
 
     def record(self) -> dict[str, Any]:
         """What the plan of the store says."""
-        parts = {"parts": list(self.parts)} if self.way == "openvino" else {}
+        parts = {"parts": list(self.parts)} if self.way in ("openvino", "compiled") else {}
         return {"forward": self.way, **({"candidates": self.candidates} if self.candidates else {}), **parts}
 
     def lines(self, images: int) -> list[str]:
@@ -211,7 +211,8 @@ def choose_forward(
     batches, quick, trials = images.batches(setting.batch_size), "library", dict[str, _Trial]()
     if requested == "auto" and own in (None, "onednn") and "onednn" in setting.ways() and onednn_gain() > GAIN:
         quick, trials["onednn"] = "onednn", _Trial(setting, "onednn", batches).compute(PROBES)
-    trials["library"] = _Trial(setting, library, batches).compute(PROBES)
+    looks = [PROBES] if setting.device.type == "cpu" else [PROBES, FIRST]  # an accelerator is fast on many images
+    trials["library"] = _Trial(setting, library, batches).compute(*looks)
     is_long = measure and len(setting.ways()) > 1 and setting.images >= LONG[setting.device.type] * trials[quick].rate
     if requested != "auto" or is_long:
         return _measured(setting, requested, trials, batches)
@@ -240,13 +241,15 @@ class _Trial:
         return self
 
     def measure(self, number: int) -> _Trial:
-        """A graph makes its kernels in the first pass of each shape, as a GPU does: it computes the batch once more."""
+        """A graph makes its kernels in the first pass of each shape: it computes the batch once more."""
         self.compute(PROBES, number)
-        if self.runner.way == "openvino" or self.runner.device.type != "cpu":
+        if self.runner.way == "openvino":
             self._pass(number)
         return self
 
     def _pass(self, number: int) -> tuple[dict[str, torch.Tensor], float]:
+        if self.runner.device.type != "cpu":  # the first pass starts an accelerator, and chooses kernels for the shape
+            self.runner.parts_of(self._batches[number], self._parts)
         start = time.perf_counter()
         rows = {part: rows.cpu() for part, rows in self.runner.parts_of(self._batches[number], self._parts).items()}
         seconds = time.perf_counter() - start
@@ -266,11 +269,11 @@ class _Trial:
 def _measured(
     setting: ForwardSetting, requested: str, trials: dict[str, _Trial], batches: tuple[torch.Tensor, torch.Tensor]
 ) -> tuple[ForwardRunner, ForwardChoice]:
-    """All ways are timed on the first batch, of a slow network on the probe images, which are fewer; the fastest one is
-    compared on both. ``trials`` holds the library's way and is filled with the others."""
+    """All ways are timed on the first batch, of a slow network on a CPU on the probe images, which are fewer; the
+    fastest one is compared on both. ``trials`` holds the library's way and is filled with the others."""
     library, notes = trials["library"], []
     exact = library if setting.precision == "fp32" else _Trial(replace(setting, precision="fp32"), "library", batches)
-    sample = PROBES if len(batches[PROBES]) > QUICK * library.rate else FIRST
+    sample = PROBES if setting.device.type == "cpu" and len(batches[PROBES]) > QUICK * library.rate else FIRST
     for way in setting.ways() if requested == "auto" else ("library", requested):
         try:
             trials[way] = (trials.get(way) or _Trial(setting, way, batches)).measure(sample)
@@ -314,7 +317,8 @@ def _remembered(setting: ForwardSetting, requested: str) -> ForwardChoice | None
     if way not in accurate:
         return None
     saved = setting.images * (1 / speed["library"] - 1 / speed[way])
-    return None if requested == "auto" and way != "library" and saved < SHORT else ForwardChoice(way, candidates)
+    least = {"library": 0.0, "compiled": COMPILING}.get(way, SHORT)
+    return ForwardChoice(way, candidates) if requested != "auto" or saved >= least else None
 
 
 def _is_accurate(way: str, candidates: Candidates, precision: str) -> bool:

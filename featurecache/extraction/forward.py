@@ -74,7 +74,8 @@ class ForwardRunner:
         self._precision, self._dtype = precision, _PRECISION[precision]
         self._format = torch.channels_last if backbone.channels_last else torch.contiguous_format
         self._done: list[tuple[torch.Tensor, dict[str, torch.Tensor], float]] = []
-        self.earlier_s: float | None = None  # what the last call's pass took, where it had been computed before
+        self.rows = batch_size  # of the last call's pass
+        self.earlier_s: float | None = None  # what that took, where it had been computed before
         self._graph: OpenvinoGraph | None = None
         self._last: list[tuple[torch.Tensor, dict[str, torch.Tensor]]] = []  # the last whole batch on a CPU, if any
         self._independent: dict[str, bool] = {}  # of passes of few images: whether these have a batch's bits
@@ -83,20 +84,20 @@ class ForwardRunner:
             return
         if way == "onednn" and not onednn_gain():
             raise ForwardUnavailable("float32 products by oneDNN are none on this CPU, which computes them in bfloat16")
-        if device.type == "cpu" and self._dtype != torch.float32 and not is_user_code(backbone):
-            self._own = replace(backbone, model=copy.deepcopy(backbone.model))  # others compare with float32
+        if self._dtype != torch.float32:  # in a network of its own: others compare with float32
+            self._own = _copy_of(backbone)
         self._own.model.to(device=device, dtype=self._dtype)
         if backbone.channels_last:
             self._own.model.to(memory_format=torch.channels_last)
         self._network: Callable[..., dict[str, torch.Tensor]] = self._own.forward
         if way == "compiled":
             self._network = torch.compile(self._own.model, dynamic=False)
-            self._compile_kernels(set(parts))
+            self._compile_kernels()
 
-    def _compile_kernels(self, parts: set[str]) -> None:
+    def _compile_kernels(self) -> None:
         """A first pass, which takes a minute and needs a C compiler. Raises ForwardUnavailable."""
         try:
-            self.parts_of(torch.zeros(self.batch_size, 3, *self.backbone.image_size, dtype=torch.uint8), parts)
+            self.parts_of(torch.zeros(self.batch_size, 3, *self.backbone.image_size, dtype=torch.uint8), set())
         except Exception as error:  # whatever torch, a compiler or a driver raises
             if isinstance(error, RuntimeError) and is_out_of_memory(error):
                 raise
@@ -126,8 +127,8 @@ class ForwardRunner:
         if self.way == "openvino":
             return self._graph_of(parts)(self._pixels(images))
         count = len(images)
-        if self.way == "compiled" and count < self.batch_size:  # kernels are made for B images
-            images = self._padded(images, slice(count))
+        if self.way == "compiled":  # kernels are made for B images, and for all parts that will be asked for
+            images, parts = self._padded(images, slice(count)), {*parts, *self.parts}
         pixels = self._pixels(images).to(self._dtype).contiguous(memory_format=self._format)
         with onednn_products() if self.way == "onednn" else contextlib.nullcontext():
             return {part: rows[:count] for part, rows in self._network(pixels, parts).items()}
@@ -158,23 +159,18 @@ class ForwardRunner:
 
     def _rows_are_independent(self, images: torch.Tensor, parts: set[str], count: int) -> bool:
         """Whether ``count`` images alone have the bits that they have in a batch: of those computed before, else of
-        these, padded; both are kept until they are asked for."""
+        these, padded, of which what will be asked for is kept."""
         batches = [(batch, given) for batch, given, _ in self._done] + self._last
         for batch, given in batches:
             if len(batch) == self.batch_size and parts <= given.keys():
-                few, among = batch[:count], given
-                alone = self.parts_of(few, parts)
-                break
-        else:
-            few = images
-            among, alone = (self._kept_parts_of(b, parts) for b in (self._padded(images, slice(len(images))), few))
-        return all(torch.equal(alone[part], among[part][: len(few)]) for part in parts)
-
-    def _kept_parts_of(self, images: torch.Tensor, parts: set[str]) -> dict[str, torch.Tensor]:
-        start = time.perf_counter()
-        given = self.parts_of(images, parts)
-        self.remember(images, given, time.perf_counter() - start)
-        return given
+                few = batch[:count]
+                return _have_equal(self.parts_of(few, parts), given, len(few))
+        padded, start = self._padded(images, slice(len(images))), time.perf_counter()
+        among, middle = self.parts_of(padded, parts), time.perf_counter()
+        alone, end = self.parts_of(images, parts), time.perf_counter()
+        independent = _have_equal(alone, among, len(images))
+        self.remember(*((images, alone, end - middle) if independent else (padded, among, middle - start)))
+        return independent
 
     def _padded(self, images: torch.Tensor, places: slice | list[int]) -> torch.Tensor:
         batch = images.new_zeros(self.batch_size, *images.shape[1:])
@@ -217,8 +213,8 @@ class ForwardRunner:
             chosen = list(range(len(images)) if places is None else places)
             images = self._padded(images, chosen)
         sources = {output.source: source_parts(output.source) for output in outputs}
-        given = self._computed(images, wanted)
-        if len(images) == self.batch_size and self.device.type == "cpu":
+        given, self.rows = self._computed(images, wanted), len(images)
+        if self.rows == self.batch_size and self.device.type == "cpu":
             self._last = [(images, given)]
         exact = {key: torch.cat([given[part][chosen].float() for part in parts], -1) for key, parts in sources.items()}
         rows = {key: tensor.to(torch_dtype(dtype)) for key, tensor in exact.items()}
@@ -237,6 +233,17 @@ class ForwardRunner:
         return (rounded - exact).flatten(1).norm(dim=1) / size.clamp_min(torch.finfo(torch.float32).tiny)
 
 
+def _copy_of(backbone: Backbone) -> Backbone:
+    """With a network of its own. Somebody's program is asked for another: hooks of a copy may write to the original."""
+    if is_user_code(backbone):
+        return load_backbone(**backbone.provenance["request"])
+    return replace(backbone, model=copy.deepcopy(backbone.model))
+
+
+def _have_equal(few: dict[str, torch.Tensor], among: dict[str, torch.Tensor], count: int) -> bool:
+    return all(torch.equal(rows, among[part][:count]) for part, rows in few.items())
+
+
 class HostCopies:
     """Rows of a batch on their way from the device, of a GPU of NVIDIA on a stream of their own into pinned memory: the
     next batch is computed meanwhile."""
@@ -252,7 +259,8 @@ class HostCopies:
         with torch.cuda.stream(self._stream):
             copies = {name: tensor.to("cpu", non_blocking=True) for name, tensor in tensors.items()}
             for tensor in tensors.values():
-                tensor.record_stream(self._stream)  # its memory serves no other tensor before it was read
+                if tensor.is_cuda:  # else it was measured, and came to the host then
+                    tensor.record_stream(self._stream)  # its memory serves no other tensor before it was read
             copied = self._stream.record_event()
 
         def wait() -> dict[str, torch.Tensor]:

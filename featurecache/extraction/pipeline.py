@@ -76,7 +76,7 @@ class ExtractionJob(ShardJob):
     timings: StageTimings = field(init=False)
 
     def __post_init__(self) -> None:
-        self.timings = StageTimings(self.compute.device, self.compute.batch_size)
+        self.timings = StageTimings(self.compute.device)
 
 
 def decode_many(
@@ -281,13 +281,11 @@ def _run_unit(
         numbers, places, pixels = (list(column) for column in zip(*batch, strict=True))
         stacked = torch.stack(pixels)
         with (
-            memory_errors(job.timings.device, job.timings.batch),
+            memory_errors(job.timings.device, job.compute.batch_size),
             job.timings.stage("computing"),
-            job.timings.forward(),
+            job.timings.forward(job.compute),
         ):
             rows, errors = job.compute(stacked, unit.outputs, dtype, places)
-        if job.compute.earlier_s is not None:
-            job.timings.correct_last(job.compute.earlier_s)
         writer(_write, shards, numbers, copies.begin(rows), copies.begin(errors))
         if job.fail_fast and job.failures:
             raise UnreadableImage(next(iter(job.failures.values())))

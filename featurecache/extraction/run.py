@@ -280,7 +280,7 @@ class Extraction:
             again = measure_again(self.compute(), self.device, self.backbone.image_size, self.outputs, plan["threads"])
             store.write_cost(self.device.type, self.name, again)
             push(store.path)
-        timings = timings or [StageTimings(self.device, batch=0)]
+        timings = timings or [StageTimings(self.device)]
         names, computed = tuple(output.name for output in self.outputs), sum(each.images for each in timings)
         path, images, copies, failed = written
         return ExtractionResult(

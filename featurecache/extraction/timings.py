@@ -26,20 +26,19 @@ PASSES = 3  # by which a cost is measured again, behind one that warms up
 class StageTimings:
     """What the stages of a run take: seconds of its main loop, and milliseconds an image.
 
-    The latter are medians of what the run really did: normalising, the network and rounding, per row of the B that
-    every pass computes; reading, decoding and resizing in one decode thread. The store's plan keeps them, not the
-    views: the same images give the same files, whatever a run took.
+    The latter are medians of what the run really did: normalising, the network and rounding, for a row of a pass, be it
+    full or not; reading, decoding and resizing in one decode thread. The store's plan keeps them, not the views: the
+    same images give the same files, whatever a run took.
     """
 
     device: torch.device
-    batch: int
     images: int = 0  # that were computed
     seconds: dict[str, float] = field(default_factory=lambda: {"computing": 0.0, "decoding": 0.0, "writing": 0.0})
-    passes: deque[float] = field(default_factory=lambda: deque(maxlen=LAST_TIMINGS))  # seconds
+    passes: deque[float] = field(default_factory=lambda: deque(maxlen=LAST_TIMINGS))  # seconds a row
     loads: deque[float] = field(default_factory=lambda: deque(maxlen=LAST_TIMINGS))  # seconds
     running: float = 0.0  # seconds of the passes in which the thread that computes had a core
     elapsed: float = 0.0  # seconds of all passes
-    _pending: deque[tuple[Any, Any]] = field(default_factory=deque)  # events of a GPU, which runs behind
+    _pending: deque[tuple[Any, Any, int]] = field(default_factory=deque)  # events of a GPU, which runs behind, and rows
 
     @contextlib.contextmanager
     def stage(self, name: str) -> Iterator[None]:
@@ -56,34 +55,34 @@ class StageTimings:
         return {name: seconds / total for name, seconds in self.seconds.items()}
 
     @contextlib.contextmanager
-    def forward(self) -> Iterator[None]:
-        """Around one forward pass; of an accelerator its own time, not that of handing over the work."""
+    def forward(self, compute: ForwardRunner) -> Iterator[None]:
+        """Around one forward pass; of an accelerator its own time, not that of handing over the work. What was computed
+        before this run took what it took then."""
         if self.device.type == "cuda":
             with torch.cuda.device(self.device):
                 events = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
                 events[0].record()
                 yield
                 events[1].record()
-            self._pending.append(events)
+            if compute.earlier_s is None:
+                self._pending.append((*events, compute.rows))
+            else:
+                self.passes.append(compute.earlier_s / compute.rows)
             self._settle(keep=64)
             return
         start, ran = time.perf_counter(), time.thread_time()
         yield
         if self.device.type == "mps":
             torch.mps.synchronize()
-        self.passes.append(time.perf_counter() - start)
+        took = time.perf_counter() - start
+        self.passes.append((took if compute.earlier_s is None else compute.earlier_s) / compute.rows)
         self.running += time.thread_time() - ran
-        self.elapsed += self.passes[-1]
+        self.elapsed += took
 
     @property
     def busy(self) -> bool:
         """Whether other work had the cores: on a CPU the thread that computes waits for nothing else."""
         return self.device.type == "cpu" and self.running < (1 - BUSY) * self.elapsed
-
-    def correct_last(self, seconds: float) -> None:
-        """What the last pass took when it was computed, before this run."""
-        (self._pending or self.passes).pop()
-        self.passes.append(seconds)
 
     def add(self, other: StageTimings) -> None:
         """What another process measured of its part of the same work."""
@@ -101,9 +100,9 @@ class StageTimings:
 
     def _settle(self, keep: int = 0) -> None:
         while len(self._pending) > keep:
-            begin, end = self._pending.popleft()
+            begin, end, rows = self._pending.popleft()
             end.synchronize()
-            self.passes.append(begin.elapsed_time(end) / 1000)
+            self.passes.append(begin.elapsed_time(end) / 1000 / rows)
 
     def record(self) -> dict[str, Any] | None:
         """What the plan of the store keeps; None where nothing was computed."""
@@ -111,7 +110,7 @@ class StageTimings:
         if not self.passes:
             return None
         loading = 1000 * statistics.median(self.loads) if self.loads else None
-        forward = 1000 * statistics.median(self.passes) / self.batch
+        forward = 1000 * statistics.median(self.passes)
         title = device_title(self.device)
         how = {"device": title, "images": self.images, "busy": self.busy}
         return {"forward_ms": forward, "loading_ms": loading, **how}
@@ -121,11 +120,11 @@ def measure_again(
     compute: ForwardRunner, device: torch.device, size: tuple[int, int], outputs: Sequence[Output], threads: int
 ) -> dict[str, Any]:
     """`StageTimings.record` of a few passes over black images of ``size`` (height, width in pixels)."""
-    timings, images = StageTimings(device, compute.batch_size), torch.zeros(compute.batch_size, 3, *size).byte()
+    timings, images = StageTimings(device), torch.zeros(compute.batch_size, 3, *size).byte()
     with exact_arithmetic(threads):
         for number in range(1 + PASSES):
-            kept = timings if number else StageTimings(device, compute.batch_size)
-            with kept.forward():
+            kept = timings if number else StageTimings(device)
+            with kept.forward(compute):
                 compute(images, tuple(outputs), "float32")
     measured = timings.record()
     assert measured is not None, "there were passes"

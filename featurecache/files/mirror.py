@@ -370,7 +370,8 @@ def place_of(path: str | os.PathLike[str]) -> str:
     """Where a file lies, for a record: its address, or its path on this machine."""
     resolved = str(Path(path).resolve())
     mirror = mirror_of(resolved)
-    return mirror.address + resolved.removeprefix(str(mirror.folder)) if mirror else resolved
+    inside = mirror is not None and Path(resolved).is_relative_to(mirror.folder)
+    return mirror.address + resolved.removeprefix(str(mirror.folder)) if mirror and inside else resolved
 
 
 def refuse_address(place: str | os.PathLike[str], what: str) -> None:

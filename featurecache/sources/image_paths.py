@@ -68,7 +68,10 @@ def image_files(folder: str, names: list[str], root: str | None = None) -> tuple
         return ImageFiles(base, names), notes
     above = os.path.dirname(base)
     if root is None and "/" in names[0] and _any_there(above, names):
-        return ImageFiles(above, names), [*notes, "paths relative to the folder above that of the table"]
+        own, notes = f"{os.path.basename(base)}/", [*notes, "paths relative to the folder above that of the table"]
+        if all(name.startswith(own) for name in names):  # in object storage nothing above has an address here
+            return ImageFiles(base, [name.removeprefix(own) for name in names]), notes
+        return ImageFiles(above, names), notes
     if root is not None and (shorter := _without_first_folders(base, names)):
         paths, level = shorter
         return ImageFiles(base, paths), [*notes, f"the first {level} folders of the paths left out"]

@@ -29,6 +29,7 @@ from featurecache.errors import (
     WeightsDoNotFit,
     WeightsNotFound,
 )
+from featurecache.extraction import choose_forward, forward
 
 pytestmark = pytest.mark.usefixtures("here")
 same = torch.testing.assert_close
@@ -140,6 +141,22 @@ def test_half_precision_is_computed_or_refused_with_what_to_type(here):
     write(CNN.replace("self.body(x)", "self.body(x + torch.ones(1, 3, 32, 32))"))
     with pytest.raises(BadOption, match=r"does not run in bfloat16 .*use --precision fp32"):
         featurecache.extract(here / "data", **options)
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize(("way", "precision"), [("auto", "fp32"), ("openvino", "bf16")])
+def test_measuring_other_ways_leaves_the_network_as_it_is(here, monkeypatch, way, precision):
+    by_hand()
+    for module in (choose_forward, forward):
+        monkeypatch.setattr(module, "onednn_gain", lambda: 2.0)
+    monkeypatch.setitem(choose_forward.LONG, "cpu", 0.0)
+    monkeypatch.setattr(choose_forward, "PROBED", 0)
+    options = {"backbone": "python:nets:make", "weights": "w.pt", "dtype": "float32"}
+    images, most = image_folder(here / "data", 6), 1e-5 if precision == "fp32" else 3e-2
+    exact = featurecache.open_view(featurecache.extract(images, **options, cache="a", forward="library").view)
+    run = featurecache.extract(images, **options, cache="b", forward=way, precision=precision)
+    rows, expected = (view.tensor("gap") for view in (featurecache.open_view(run.view), exact))
+    assert (rows - expected).norm() / expected.norm() < most
 
 
 def test_a_grid_that_is_no_square_can_be_said():

@@ -78,6 +78,17 @@ def test_forward_and_loading_are_measured_apart_and_an_image_has_its_share_of_a_
     assert cost["threads"] == torch.get_num_threads() or cost["threads"] > 0
 
 
+@pytest.mark.parametrize("images", [3, 9])
+def test_an_image_costs_the_same_in_a_batch_that_is_not_full(home, monkeypatch, images):
+    """Which is computed alone."""
+    forward = Backbone.forward
+    slow = lambda self, pixels, parts: (time.sleep(0.03 * len(pixels)), forward(self, pixels, parts))[1]  # noqa: E731
+    monkeypatch.setattr(Backbone, "forward", slow)
+    for k in range(images, 9):
+        next((home / "data").rglob(f"{k:03d}.png")).unlink()
+    assert 30 <= extract(home, batch_size=8).cost["forward_ms"] < 90
+
+
 def test_where_nothing_is_computed_the_earlier_figures_stand(home):
     first = extract(home).cost
     assert first is not None and extract(home).cost == first == extract(home, outputs="cls").cost
@@ -183,8 +194,8 @@ def test_a_gpu_is_timed_by_its_own_events_which_are_asked_later(monkeypatch):
     monkeypatch.setattr(torch.cuda, "Event", event)
     monkeypatch.setattr(torch.cuda, "device", nullcontext)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200")
-    measured = StageTimings(torch.device("cuda"), 4)
-    with measured.forward():
+    measured = StageTimings(torch.device("cuda"))
+    with measured.forward(SimpleNamespace(rows=4, earlier_s=None)):  # type: ignore[arg-type]
         pass
     assert asked == ["record", "record"]  # nobody waits while the next batch is being prepared
     record = measured.record()

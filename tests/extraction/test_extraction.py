@@ -342,6 +342,8 @@ def test_new_images_through_compute_are_what_the_cache_holds(tmp_path: Path, ima
     view = run(images, save_vit(tmp_path / "vit"), tmp_path / "c", outputs="cls,tokens,pooler")
     data = [(images / name).read_bytes() for name in view.ids]
     for output in ("cls", "tokens", "pooler", "tokens-257"):
+        with pytest.raises(BadOption, match=r"an image is (int|PosixPath); expected encoded bytes, or arrays"):
+            featurecache.compute(data[0] if output == "cls" else [images / view.ids[0]], like=view, output=output)
         rows, failed = featurecache.compute([*data, b"nonsense"], like=view, output=output)
         assert torch.equal(rows, view.tensor(output))
         assert [index for index, _ in failed] == [9]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import fields
 
+import numpy as np
 import pytest
 
 import cli
@@ -87,4 +88,5 @@ def test_the_words_of_a_command_line_are_the_options_that_differ():
     assert " ".join(option_words(settings.to_dict())) == said
     assert option_words(Settings("cnn-cifar").to_dict(), {"augment": "flip"}) == ["--augment", "none"]
     assert option_words(Settings("linear", lr=0.012345678).to_dict()) == ["--lr", "0.012345678"]
+    assert option_words(Settings("linear", lr=np.float64(0.012345678)).to_dict()) == ["--lr", "0.012345678"]
     assert Settings.from_dict(settings.to_dict()) == settings

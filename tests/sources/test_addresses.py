@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import tarfile
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from support.object_storage import BUCKET, BUSY, DENIED, KEY, Server
 from support.pictures import image_folder, save_picture
 
 from featurecache.errors import BadOption, SourceError, StorageError, UnreadableImage
-from featurecache.files.mirror import is_placeholder
+from featurecache.files.mirror import Mirror, is_placeholder
 from featurecache.sources import open_source, reopen
 from featurecache.sources.base import Dataset
 
@@ -77,6 +78,20 @@ def test_of_a_table_the_images_that_are_read_are_fetched(server, tmp_path):
     server.remove(f"data/{names[3]}")
     with pytest.raises(UnreadableImage, match="no such object any more"):
         dataset.read(3)
+
+
+def test_paths_from_the_folder_above_the_table_are_found_by_other_machines_too(server, tmp_path, monkeypatch):
+    names = [f"data/images/{'ill' if k % 2 == 0 else 'well'}/{k:03d}.png" for k in range(4)]
+    image_folder(tmp_path / "data" / "images", 4)
+    (tmp_path / "data" / "list.csv").write_text("\n".join(["path,label", *(f"{name},{name[12]}" for name in names)]))
+    upload(server, tmp_path / "data")
+    dataset = open_source(f"{HERE}/list.csv")
+    assert dataset.ids == names and dataset.images.address == HERE
+    sent = pickle.dumps(dataset.images)
+    monkeypatch.setenv("FEATURECACHE_STATE", str(tmp_path / "another machine"))
+    images, mirror = pickle.loads(sent), Mirror.of(HERE, "data")
+    mirror.pull_once("run")
+    assert images.root == str(mirror.folder) and images.read(2) == (tmp_path / names[2]).read_bytes()
 
 
 def test_a_table_here_and_its_images_there(server, tmp_path):

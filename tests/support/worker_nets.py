@@ -94,4 +94,4 @@ class CountingWorker:
         rows = [row for unit in units for row in unit.rows.tolist()]
         with self._file.open("a") as file:
             file.write("".join(f"{row}\n" for row in rows))
-        return ShardResult(timings=StageTimings(torch.device("cpu"), 1), images=len(rows))
+        return ShardResult(timings=StageTimings(torch.device("cpu")), images=len(rows))

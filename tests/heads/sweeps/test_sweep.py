@@ -74,6 +74,8 @@ def test_heads_take_the_outputs_that_fit_them_and_the_rest_is_said():
     families = sweep(view_of(), "linear,large", outputs="cls,tokens", say=lines.append).families
     assert {(f.head, f.output) for f in families} == {("linear", "cls"), ("large", "tokens")}
     assert "left out   vit-toy/toy: linear on tokens; large on cls: they do not fit" in lines
+    with pytest.raises(BadOption, match="no features to compare heads on"):
+        sweep([], "linear", "t")
     with pytest.raises(BadOption, match="large fits none of --outputs cls"):
         sweep(view_of(), "linear,large", "t", outputs="cls")
     with pytest.raises(NotInCache, match="not pooler"):
