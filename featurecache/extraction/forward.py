@@ -163,8 +163,7 @@ class ForwardRunner:
         batches = [(batch, given) for batch, given, _ in self._done] + self._last
         for batch, given in batches:
             if len(batch) == self.batch_size and parts <= given.keys():
-                few = batch[:count]
-                return _have_equal(self.parts_of(few, parts), given, len(few))
+                return _have_equal(self.parts_of(batch[:count], parts), given, count)
         padded, start = self._padded(images, slice(len(images))), time.perf_counter()
         among, middle = self.parts_of(padded, parts), time.perf_counter()
         alone, end = self.parts_of(images, parts), time.perf_counter()

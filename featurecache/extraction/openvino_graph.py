@@ -31,6 +31,7 @@ from featurecache.files.machine_state import read_state, state_folder, state_key
 
 MOST_BYTES = 8 << 30  # of all graphs in the state folder; the oldest go
 STREAM = 4  # images of a stream at least
+ISA = ("MKL_ENABLE_INSTRUCTIONS", "ONEDNN_MAX_CPU_ISA")  # variables that take kernels away
 HINT = {"fp32": "f32", "bf16": "bf16"}
 
 
@@ -102,8 +103,9 @@ def graph_key(backbone: Backbone, parts: Sequence[str]) -> str:
 
 
 def pass_key(backbone: Backbone, parts: Sequence[str], precision: str, batch: int, threads: int) -> str:
-    """Of what was measured of a forward pass."""
-    return state_key(graph=graph_key(backbone, parts), precision=precision, batch=batch, threads=threads)
+    """Of what was measured of a forward pass, by the kernels that may be used."""
+    kernels = [torch.backends.cpu.get_cpu_capability(), *map(os.environ.get, ISA)]
+    return state_key(graph=graph_key(backbone, parts), how=[precision, batch, threads, *kernels])
 
 
 def _graph_versions(backbone: Backbone) -> dict[str, str]:

@@ -276,20 +276,16 @@ def _run_unit(
     job: ExtractionJob, unit: ShardPlan, shards: _Shards, images: Iterator[_Decoded], writer: _Writer,
     copies: HostCopies, advance: Callable[[int], Any],
 ) -> None:  # fmt: skip
-    dtype = job.layouts[unit.outputs[0].name].dtype
+    dtype, compute, timings = job.layouts[unit.outputs[0].name].dtype, job.compute, job.timings
     for batch in _batches(job, unit, images, advance):
         numbers, places, pixels = (list(column) for column in zip(*batch, strict=True))
         stacked = torch.stack(pixels)
-        with (
-            memory_errors(job.timings.device, job.compute.batch_size),
-            job.timings.stage("computing"),
-            job.timings.forward(job.compute),
-        ):
-            rows, errors = job.compute(stacked, unit.outputs, dtype, places)
+        with memory_errors(timings.device, compute.batch_size), timings.stage("computing"), timings.forward(compute):
+            rows, errors = compute(stacked, unit.outputs, dtype, places)
         writer(_write, shards, numbers, copies.begin(rows), copies.begin(errors))
         if job.fail_fast and job.failures:
             raise UnreadableImage(next(iter(job.failures.values())))
-        job.timings.images += len(numbers)
+        timings.images += len(numbers)
         advance(len(numbers))
 
 
