@@ -31,6 +31,7 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 sys.path[0] = str(Path(__file__).resolve().parents[1])  # not this folder, in which `heads` would be this file
 
 from benchmarks.reading import token_view
+from featurecache.arithmetic import onednn_is_exact
 from heads.models.catalogue import make_head
 from heads.models.solvers import ridge
 from heads.settings import Settings
@@ -191,13 +192,18 @@ def linear(rounds: int) -> None:
     show("one linear head, 10 epochs of 10,000 × 768, 6 classes, batch 256", measure(ways, rounds))
 
 
-def without_switch(way: Callable[[], object]) -> None:
-    """The same with float32 products by the library, wherever training would give them to oneDNN."""
-    exact, engine.onednn_is_exact = engine.onednn_is_exact, lambda: False
+def with_switch(way: Callable[[], object], is_on: Callable[[], bool] = onednn_is_exact) -> None:
+    """Whether it gains or not."""
+    own, engine.onednn_is_faster = engine.onednn_is_faster, is_on
     try:
         way()
     finally:
-        engine.onednn_is_exact = exact
+        engine.onednn_is_faster = own
+
+
+def without_switch(way: Callable[[], object]) -> None:
+    """The same with float32 products by the library."""
+    with_switch(way, lambda: False)
 
 
 def tuned(images: torch.Tensor, lora: int | None) -> Callable[[], object]:
@@ -236,7 +242,8 @@ def switch(rounds: int, rows: int) -> None:
         "the same by LoRA of rank 8": tuned(images, 8),
     }
     for name, way in ways.items():
-        show(name, measure({"by the library": partial(without_switch, way), "by oneDNN": way}, rounds))
+        both: Ways = {"by the library": partial(without_switch, way), "by oneDNN": partial(with_switch, way)}
+        show(name, measure(both, rounds))
 
 
 def main() -> None:

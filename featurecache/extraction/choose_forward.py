@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from featurecache.arithmetic import onednn_gain
+from featurecache.arithmetic import GAIN, onednn_gain
 from featurecache.backbones.base import Backbone
 from featurecache.errors import BadOption, Drift, ForwardUnavailable
 from featurecache.extraction.canary import check_canary, probe_pixels
@@ -40,7 +40,6 @@ from featurecache.outputs import Output
 from featurecache.store.store import Store
 
 LONG = {"cpu": 60.0, "cuda": 600.0}  # seconds of the library's forward that are worth a conversion; compiling
-GAIN = 1.3  # of a product by oneDNN, from which on short jobs take it too: nothing has to be converted
 SHORT, COMPILING = 0.3, 60.0  # seconds that a remembered way has to save: a graph's loading, compiled again each time
 FP32_ERROR, BF16_ERROR, BF16_RATIO = 1e-5, 1.5e-2, 1.1
 PROBED = 4  # batches: jobs of no more are not measured at all

@@ -28,7 +28,8 @@ import torch
 from torch import nn
 from torch.optim.adam import adam
 
-from featurecache.arithmetic import onednn_is_exact, onednn_products
+from featurecache.arithmetic import GAIN, onednn_gain, onednn_products
+from featurecache.files.machine_state import read_state, state_key, write_state
 from heads.models.common import own_randomness
 from heads.models.tokens import FixedVectorLinear, Large
 from heads.models.vector import Linear, Mlp
@@ -290,14 +291,23 @@ def work_of_a_step(model: nn.Module, settings: Sequence[Settings], shape: Sequen
     return batch_size * math.prod(shape) * 64
 
 
+def onednn_is_faster() -> bool:
+    """As this machine has found once, for heads that are trained later to have the same bits. (Where a product gains
+    nothing, fine-tuning takes 1.4 times as long: some of its gradients' products lose.)"""
+    key = state_key(torch=torch.__version__)
+    if (seen := read_state("products", key)) is None:
+        write_state("products", key, seen := {"gain": onednn_gain()})
+    return bool(seen["gain"] > GAIN)
+
+
 @contextmanager
 def arithmetic_for(work: float, device: str = "cpu") -> Iterator[str]:
     """Threads and float32 products of a training with so much ``work`` (multiply-adds) in a step. One thread where it
     is too little to be worth dividing: two threads wait for each other longer than a linear head's step takes, and on a
     busy machine a hundred times as long (tried: 1 ms a step became 60 ms). Where it is, products go to oneDNN if they
-    are float32's there. Gives the way of the products, as forward passes call it: ``onednn`` or ``library``."""
+    are float32's there, and faster. Gives the way of products, as forward passes call it: ``onednn`` or ``library``."""
     before, dividing = torch.get_num_threads(), work >= WORTH_DIVIDING
-    onednn = dividing and device == "cpu" and onednn_is_exact()
+    onednn = dividing and device == "cpu" and onednn_is_faster()
     with onednn_products() if onednn else nullcontext():
         torch.set_num_threads(before if dividing else 1)
         try:
