@@ -126,26 +126,24 @@ def expand_frames(dataset: Dataset, page: str | None = None) -> Dataset:
             where = f"those of {dataset.source['data']} lie in an archive or in arrays"
             raise BadOption(f"--page is for images in files of their own or in tars; {where}. Leave it out.")
         return dataset
-    file_of, files = _files_of(dataset, dataset.images, page)
+    file_of, headers = _files_of(dataset, dataset.images, page)
     if not file_of:
         return dataset
-    numbers = {row: files[file].numbers for row, (file, number) in file_of.items() if number is None}
+    numbers = {row: headers[file].numbers for row, (file, number) in file_of.items() if number is None}
     of_row = [numbers.get(row, (0,)) for row in range(len(dataset))]
     frames_of = [list(_of_page(several, page)) if len(several) > 1 else [None] for several in of_row]
     frames: list[int | None] = list(chain(*frames_of))  # None of a file that holds one image
     rows = np.repeat(np.arange(len(dataset)), [len(each) for each in frames_of])
-    groups = dataset.groups if dataset.groups is not None else _patients(dataset.ids, file_of, files, len(rows))
+    groups = dataset.groups if dataset.groups is not None else _patients(dataset.ids, file_of, headers, len(rows))
     taken = replace(dataset, groups=groups).at(rows)
     ids = _frame_names(taken.ids, frames)
     if taken.groups is not None:  # a group of its own bears the id of its first image, by which it is hidden too
         first = dict(zip(reversed(taken.ids), reversed(ids), strict=True))
         groups = [first.get(group, group) for group in taken.groups]
     images: Any = taken.images  # whose files may be called otherwise than the rows: without an ending, with backslashes
-    if images.archived:
-        images = replace(images, ids=ids, frames=frames)
-    else:
-        images = FrameFiles(images.root, _frame_names(images.ids, frames))
-    notes = (*dataset.notes, *_notes(dataset.groups is not None, list(files.values()), page))
+    files = _frame_names(images.ids, frames)
+    images = replace(images, ids=files, frames=frames) if images.archived else FrameFiles(images.root, files)
+    notes = (*dataset.notes, *_notes(dataset.groups is not None, list(headers.values()), page))
     return replace(taken, ids=ids, groups=groups, images=images, notes=notes)
 
 
