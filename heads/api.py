@@ -16,7 +16,7 @@ from featurecache.formatting import abbreviated, clear_status, show_status, time
 from featurecache.store.write_view import open_view
 from heads.evaluation.comparison import compare
 from heads.evaluation.controls import measure_controls
-from heads.evaluation.families import Family, families_of, plain_names
+from heads.evaluation.families import Family, families_of, is_same_head, plain_names
 from heads.inference import predict_images
 from heads.memory import memory_for_features
 from heads.models.catalogue import is_baseline, own_settings
@@ -325,6 +325,10 @@ def families_in(*paths: str | Path, trust_code: bool = False, left_out: list[str
         if left_out is not None:
             left_out += [f"left out: {name}: {why}" for name, why in (sweep.unfinished | sweep.damaged).items()]
         families += sweep.families
+    for family in families if left_out is not None else ():
+        inside = [run for run in runs if any(is_same_head(run, each) for each in family.runs)]
+        left_out += [f"left out: {run.path} is one of the heads of {family.runs[0].path.parents[1]}" for run in inside]
+        runs = [run for run in runs if run not in inside]
     return [*families, *families_of(runs)]
 
 

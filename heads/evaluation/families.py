@@ -67,14 +67,23 @@ def families_of(runs: Sequence[Run]) -> list[Family]:
     """Plain runs that differ only in seed, split seed and fold are one family; any other setting is one of its own."""
     groups: dict[str, list[Run]] = {}
     for run in runs:
-        config = run.config
-        view = [config["view"].get("fingerprint"), config["view"]["label"], run.output]
-        key = [view, setting_of(config), config["classes"], config["positive"]]
-        groups.setdefault(canonical_json(key), []).append(run)
+        groups.setdefault(_family_key(run), []).append(run)
     return [
         Family(first.config["view"]["label"], first.output, first.head, fraction_of(first), (first, *others))
         for first, *others in groups.values()
     ]
+
+
+def _family_key(run: Run) -> str:
+    config = run.config
+    view = [config["view"].get("fingerprint"), config["view"]["label"]]
+    setting = setting_of(config) | {"output": run.output}  # which a setting need not name
+    return canonical_json([view, setting, config["classes"], config["positive"]])
+
+
+def is_same_head(run: Run, other: Run) -> bool:
+    """Whether it was trained in the same way on the same images."""
+    return _family_key(run) == _family_key(other) and resample_key(run) == resample_key(other)
 
 
 def fraction_of(run: Run) -> float:
@@ -118,7 +127,9 @@ def names_of(families: Sequence[Family]) -> list[str]:
         varied = [key for key in setting if len({repr(other.get(key)) for other in same}) > 1]
         names.append(", ".join([name, *(_option_text(key.replace("_", " "), setting[key]) for key in varied)]))
     repeated = [name for name in names if names.count(name) > 1]
-    return [f"{n} ({f.runs[0].path.name})" if n in repeated else n for n, f in zip(names, families, strict=True)]
+    more = [f" and {len(f.runs) - 1} more" if len(f.runs) > 1 else "" for f in families]
+    folders = [f"{f.runs[0].path.name}{others}" for f, others in zip(families, more, strict=True)]
+    return [f"{name} ({folder})" if name in repeated else name for name, folder in zip(names, folders, strict=True)]
 
 
 def _option_text(key: str, value: Any) -> str:

@@ -195,11 +195,13 @@ def limit_note(trained: TrainedState) -> str | None:
     settings, history = trained.settings, trained.history
     if head_info(settings.head).solved:
         return None
+    values = [row[f"val_{settings.select}"] for row in history]
+    sign = 1 if METRICS[measure_name(settings.select)].higher else -1
+    if sign == 1 and max(values, default=0) >= 1:  # nothing is better
+        return None
     if settings.schedule in ("constant", "plateau"):
         ended = settings.epochs - trained.epoch < max(settings.patience, 1)
     else:
-        values = [row[f"val_{settings.select}"] for row in history]
-        sign = 1 if METRICS[measure_name(settings.select)].higher else -1
         gain = min((sign * (values[-1] - value) for value in values[:-1]), default=math.inf)
         ended = trained.epoch == settings.epochs and gain > 1e-3
     best = f"(best: epoch {trained.epoch:,})"

@@ -17,6 +17,8 @@ from support.fake_view import label_view
 from support.sweeps import division, sweep, view_of
 
 from featurecache.errors import BadOption, NotInCache, ProtocolError
+from heads.api import families_in, report, train_head
+from heads.evaluation.families import names_of
 from heads.settings import Settings
 from heads.splits import splits_csv
 from heads.training.job import prepare_training
@@ -55,6 +57,21 @@ def test_rows_and_chosen_runs_are_what_train_head_gives_alone():
         for name, tensor in load_file(run.path / "head.safetensors").items():
             assert torch.allclose(tensor, contents.tensors[name], atol=1e-5, rtol=1e-5)
         assert (run.path / "splits.csv").read_text() == splits_csv(view.ids, contents.splits)
+
+
+def test_a_report_shows_a_head_once_that_is_given_alone_and_in_a_sweep():
+    """Otherwise it would be better than itself, which is there as a mean over seeds."""
+    view = view_of()
+    same = {"epochs": 2, "batch_size": 16, "report": False}
+    alone = {seed: train_head(view, "linear", seed=seed, **same) for seed in (0, 7)}
+    result = sweep(view, "linear", epochs=2, seeds=2, outputs="cls")
+    written = report([alone[0].path, result.path], out="r")
+    assert written.left_out == (f"left out: {alone[0].path} is one of the heads of {result.path}",)
+    assert len(json.loads(Path("r/metrics.json").read_text())["families"]) == 1
+    families = families_in(alone[7].path, result.path, left_out=(said := []))
+    first = result.families[0].runs[0].path.name
+    assert names_of(families) == [f"linear on cls ({first} and 1 more)", f"linear on cls ({alone[7].path.name})"]
+    assert not said
 
 
 def test_the_setting_of_a_family_is_the_best_on_val_over_its_seeds():
