@@ -194,9 +194,11 @@ def explain(talk: Console, runs: tuple[str, ...], images: tuple[str, ...], **opt
 
     options["classes"] = options["classes"] or None
     maps = heads.explain(list(runs), list(images), **options)
-    lines = [explanations_table(maps.records), f"maps       {maps.path}/   {len(maps.files):,} PNG files, explain.json"]
+    made = f"{maps.path}/   {len(maps.files):,} PNG files, explain.json" if maps.files else "none; nothing was written"
+    lines = [explanations_table(maps.records), f"maps       {made}"]
     talk.result("\n".join(lines), {"explained": maps.path, "files": maps.files, "maps": maps.records})
-    talk.next(f"featurecache report {shell_words(runs)}")
+    if maps.files:
+        talk.next(f"featurecache report {shell_words(runs)}")
     return int(any("error" in record for record in maps.records))
 
 

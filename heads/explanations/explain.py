@@ -78,6 +78,7 @@ def explain(
         explained = [each for one in explainers for each in _of_run(one, requested, names, method, readable)]
         if all(reasons := [result.why for result, *_ in explained]):
             raise BadOption("; ".join(dict.fromkeys(reasons)))
+        (folder / RECORD).unlink(missing_ok=True)  # it goes first and comes last
         for image, results in zip(readable, zip(*explained, strict=True), strict=True):
             paths, written = _write_image(folder, next(numbers), image, results)
             files |= paths
@@ -86,7 +87,8 @@ def explain(
                 say(f"explained  {image.name}: {', '.join(path.name for path in paths)}")
     if not records:
         raise BadOption("explain needs an image: a file, a folder, a table, or the id of an image of the view.")
-    write_record(folder / RECORD, {"maps": records}, {path.name: h for path, h in files.items()})
+    if files:  # else those that are there stay described
+        write_record(folder / RECORD, {"maps": records}, {path.name: h for path, h in files.items()})
     return ExplainReport(folder, records, list(files))
 
 
@@ -251,7 +253,6 @@ def _folder(path: Path) -> Path:
         raise BadOption(f"--out {path} is a file; it must be a folder, or a name that is free.")
     try:
         path.mkdir(parents=True, exist_ok=True)
-        (path / RECORD).unlink(missing_ok=True)  # it goes first and comes last
     except OSError as error:
         raise CannotWrite(error.errno, f"No maps can be written in {path}: {error.strerror}.") from error
     return path

@@ -138,6 +138,9 @@ def test_an_image_that_cannot_be_read_is_a_record_and_the_others_are_explained(p
     errors = {r["image"]: r["error"] for r in records if "error" in r}
     assert set(errors) == {asked[0], "gone.png"} and "no such file" in errors["gone.png"]
     assert len(records) == 3
+    written = (tmp_path / "maps" / "explain.json").read_bytes()
+    assert not heads.explain(run_of(planted, "large"), asked[:1], out=tmp_path / "maps").files
+    assert (tmp_path / "maps" / "explain.json").read_bytes() == written  # it describes the PNGs that are there still
 
 
 def test_the_mean_training_token_is_of_train_alone(planted):
