@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from featurecache.arithmetic import exact_arithmetic
-from featurecache.errors import BadOption, CannotWrite, ProtocolError, RunError, nearest
+from featurecache.errors import BadOption, CannotWrite, ProtocolError, RunError, Stopped, nearest
 from featurecache.files.names import check_path
 from featurecache.formatting import abbreviated, clear_status, show_status, timed_part
 from featurecache.store.write_view import open_view
@@ -73,8 +73,11 @@ def train_head(
         if target.run:
             return _finished(target.run, say)
         describe_training(job, say)
-        with timed_part("training"):
-            (fit,) = train_together(job, [settings], say, progress=progress)
+        try:
+            with timed_part("training"):
+                (fit,) = train_together(job, [settings], say, progress=progress)
+        except KeyboardInterrupt as error:
+            raise Stopped("stopped. A head is trained in one go: the same command begins again.") from error
         if isinstance(fit, ProtocolError):
             raise fit
         with timed_part("controls"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,7 +12,8 @@ from support.fake_view import label_view, toy_view
 from support.runs import train_head
 from torch import nn
 
-from featurecache.errors import BadOption, NotInCache, ProtocolError
+from featurecache.errors import BadOption, NotInCache, ProtocolError, Stopped
+from heads import api
 from heads.models.catalogue import HEADS
 from heads.settings import Settings
 from heads.task import Standardize, task_of
@@ -43,6 +45,16 @@ def test_the_epochs_line_and_the_table_have_one_number_for_one_choice(classes, s
     row = run.history[run.config["chosen"]["epoch"] - 1]
     assert run.config["calibration"]["temperature"] != 1
     assert row[f"val_{select}"] == pytest.approx(run.metrics["val"][select], abs=1e-6)
+
+
+def test_a_head_that_is_stopped_leaves_nothing_and_says_so(monkeypatch):
+    def ends(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(api, "train_together", ends)
+    with pytest.raises(Stopped, match="trained in one go: the same command begins again"):
+        train_head(toy_view(n=60, splits="given"), "linear", epochs=2, out="run")
+    assert not Path("run").exists()
 
 
 def test_a_cheap_head_goes_on_until_val_is_no_better():
