@@ -49,6 +49,12 @@ def number(value: float | None, digits: int = 3) -> str:
     return "–" if value is None else f"{value:.{digits}f}"
 
 
+def signed(value: float) -> str:
+    """+0.012, -0.012; what rounds to zero has no sign."""
+    text = f"{value:+.3f}"
+    return text[1:] if float(text) == 0 else text
+
+
 def exact_number(value: float) -> str:
     """The shortest text that reads back as this very number, as a command has to: 0.001, 1e-05, 12, 1234567."""
     return text if float(text := f"{value:g}") == value else str(value)

@@ -328,10 +328,12 @@ def families_in(*paths: str | Path, trust_code: bool = False, left_out: list[str
         if left_out is not None:
             left_out += [f"left out: {name}: {why}" for name, why in (sweep.unfinished | sweep.damaged).items()]
         families += sweep.families
-    for family in families if left_out is not None else ():
+    for family in families:
         inside = [run for run in runs if any(is_same_head(run, each) for each in family.runs)]
-        left_out += [f"left out: {run.path} is one of the heads of {family.runs[0].path.parents[1]}" for run in inside]
-        runs = [run for run in runs if run not in inside]
+        if left_out is not None and inside:
+            sweep_of = family.runs[0].path.parents[1]
+            left_out += [f"left out: {run.path} is one of the heads of {sweep_of}" for run in inside]
+            runs = [run for run in runs if run not in inside]
     return [*families, *families_of(runs)]
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from featurecache.formatting import number
+from featurecache.formatting import number, signed
 from heads.evaluation.selection import selection_key
 from heads.settings import measure_name, title
 
@@ -91,7 +91,7 @@ def _size(difference: Difference) -> str:
 
 def _numbers(difference: Difference) -> str:
     assert difference
-    value, low, high = (f"{difference[key]:+.3f}".replace("-", "−") for key in ("value", "low", "high"))
+    value, low, high = (signed(difference[key]).replace("-", "−") for key in ("value", "low", "high"))
     return f"{value} [{low}, {high}]"
 
 

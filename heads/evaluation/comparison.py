@@ -20,7 +20,7 @@ import numpy as np
 
 from featurecache.errors import BadOption, nearest
 from featurecache.files.records import nan_to_none
-from featurecache.formatting import abbreviated
+from featurecache.formatting import abbreviated, signed
 from heads.evaluation.answer import answer_of
 from heads.evaluation.costs import mean_cost
 from heads.evaluation.external import external_records, records_of
@@ -305,7 +305,7 @@ class MeasureDifference:
     @property
     def words(self) -> str:
         """Better or worse where the interval leaves out 0 and Holm's p is small; where these differ, what decides."""
-        numbers = f"{self.value:+.3f} [{self.low:+.3f}, {self.high:+.3f}]"
+        numbers = f"{signed(self.value)} [{signed(self.low)}, {signed(self.high)}]"
         holds_0, small = self.low <= 0 <= self.high, self.p_holm < 1 - LEVEL
         if holds_0 or not small:
             why = "" if holds_0 is not small else f", p {self.p_holm:.2g} by Holm over {self.families}"

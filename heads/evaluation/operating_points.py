@@ -82,4 +82,5 @@ def _ece_words(after: dict[str, Any], images: int) -> str:
     ece, low, high = after["ece"], after["calibrated"]["low"], after["calibrated"]["high"]
     reading = "its probabilities are off by more than chance" if ece > high else "no miscalibration is shown"
     would = "a perfectly calibrated head of these probabilities would show"
-    return f"ECE {ece:.3f}; {would} {low:.3f} to {high:.3f} on {images:,} images: {reading}"
+    digits = next((d for d in range(3, 17) if ece <= high or round(ece, d) > round(high, d)), 17)  # tell them apart
+    return f"ECE {ece:.{digits}f}; {would} {low:.{digits}f} to {high:.{digits}f} on {images:,} images: {reading}"

@@ -12,6 +12,7 @@ import io
 import math
 import re
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -54,8 +55,19 @@ def plain(value: float, position: Any = None) -> str:
 
 
 def short(name: str, longest: int = 26) -> str:
-    name = "".join(c if c.isprintable() else "·" for c in name)
-    return name if len(name) <= longest else name[: longest - 1] + "…"
+    return distinct([name], longest)[0]
+
+
+def distinct(names: Iterable[str], longest: int = 26) -> list[str]:
+    """Short names, no two alike: cut at the end, else in the middle, else at the front, else with their number."""
+    choices = []
+    for number, name in enumerate(names, 1):
+        text = "".join(c if c.isprintable() else "·" for c in name)
+        fronts = (longest - 1, longest // 2, 0) if len(text) > longest else ()
+        cuts = [f"{text[:front]}…{text[len(text) - (longest - 1 - front) :]}" for front in fronts] or [text]
+        choices.append([*cuts, f"{text[: longest - 1 - len(str(number))]}…{number}"])
+    count = Counter(cut for cuts in choices for cut in set(cuts))
+    return [next((cut for cut in cuts if count[cut] == 1), cuts[-1]) for cuts in choices]
 
 
 def style_of(number: int) -> str:

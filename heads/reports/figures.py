@@ -12,7 +12,7 @@ import numpy as np
 
 from heads.metrics.calibration import CalibratedPredictions, counts_at, log_odds, predict_labels, probabilities
 from heads.metrics.classification import auroc
-from heads.reports.drawing import DASHES, GREY, SERIES, SQUARE, Figure, Matrix, Plot, save_png, short, style_of
+from heads.reports.drawing import DASHES, GREY, SERIES, SQUARE, Figure, Matrix, Plot, distinct, save_png, style_of
 from heads.runs.run import Run
 from heads.settings import METRICS, title
 from heads.task import Predictions
@@ -74,7 +74,7 @@ def _folds(predictions: TestPredictions) -> set[Any]:
 def counts_figure(predictions: TestPredictions) -> Figure:
     """The confusion matrix; of labels what became of their positives and negatives."""
     classes, counts, folds = predictions[0][0].classes, confusion_counts(predictions), len(_folds(predictions))
-    labels, names = predictions[0][0].task == "multilabel", [short(name, 18) for name in classes]
+    labels, names = predictions[0][0].task == "multilabel", distinct(classes, 18)
     whole = counts.reshape(len(counts), -1, 2).sum(2).repeat(2, axis=1) if labels else counts.sum(1, keepdims=True)
     share = np.divide(counts, whole, out=np.zeros_like(counts), where=whole > 0)
     mean = f" Counts are the mean of {len(predictions) // folds} heads." if len(predictions) > folds else ""
@@ -192,7 +192,7 @@ def _draw_curves(
         plot.line([*start, *zip(GRID, each, strict=True)], thin=True)
     for number, mean in enumerate(means):
         plot.line([*start, *zip(GRID, mean, strict=True)], style_of(number))
-    return [(style_of(number), short(name)) for number, name in enumerate(curves)]
+    return [(style_of(number), name) for number, name in enumerate(distinct(curves))]
 
 
 def reliability_figure(calibration: dict[str, Any], where: str = "") -> Figure:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from featurecache.formatting import abbreviated, aligned, columns, number, one_line
+from featurecache.formatting import abbreviated, aligned, columns, number, one_line, signed
 from heads.evaluation.comparison import compare
 from heads.evaluation.costs import COSTS, cost_rows, cost_text, devices_words, run_cost, run_cost_line
 from heads.evaluation.families import families_of, fraction_of, run_setting
@@ -279,7 +279,7 @@ def filters_for(task: str) -> dict[str, Callable[..., Any]]:
     """What the templates call the functions that write a value."""
     return {
         "num": number, "cost": cost_text, "setting": setting_words,
-        "signed": lambda value: "–" if value is None else f"{value:+.3f}".replace("-", "−"),
+        "signed": lambda value: "–" if value is None else signed(value).replace("-", "−"),
         "pvalue": lambda value: "–" if value is None else "< 0.001" if value < 0.001 else f"{value:.3f}",
         "count": lambda value: "–" if value is None else f"{value:,.0f}",
         "percent": lambda value: "–" if value is None else f"{100 * value:.3g} %",

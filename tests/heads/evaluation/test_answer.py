@@ -91,6 +91,15 @@ def test_the_answer_says_what_the_numbers_say(case):
     assert answer_of(made) == expected
 
 
+def test_what_rounds_to_zero_has_no_sign():
+    made = MeasureDifference("auroc", 0.0001, -0.0004, 0.0004, 0.5, "DeLong").record()
+    same = answer_of(record("large", {"linear": (0.9, made), "large": (0.95, None)}))
+    assert same == "Between large and linear no difference is shown: 0.000 [0.000, 0.000] AUROC on 624 test images."
+    worse = MeasureDifference("auroc", -0.001, -0.0012, -0.0003, 0.001, "DeLong")
+    words = replace(worse, p_holm=0.001, families=3).record()["words"]
+    assert words.startswith("worse: -0.001 [-0.001, 0.000]")
+
+
 @pytest.mark.parametrize("measure", ["auroc", "nll"])
 @pytest.mark.parametrize("value, p", [(0.05, 0.01), (-0.05, 0.01), (0.01, 0.01), (0.05, 0.2)])
 def test_which_of_two_is_the_reference_changes_nothing(measure, value, p):

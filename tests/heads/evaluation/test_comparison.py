@@ -16,6 +16,7 @@ from featurecache.errors import BadOption, RunError
 from featurecache.store.store import open_store
 from heads.evaluation.comparison import MeasureDifference, compare
 from heads.evaluation.families import Family, collect_predictions, families_of, names_of
+from heads.evaluation.operating_points import _ece_words
 from heads.metrics import significance
 from heads.reports import text as tables
 from heads.runs.run import load_run
@@ -109,6 +110,18 @@ def test_beside_the_calibration_error_stands_what_a_calibrated_head_would_show()
     assert "off by more than chance" in record([off])["families"][0]["calibration"]["words"]
 
 
+@pytest.mark.parametrize(
+    "ece, numbers, reading",
+    [
+        (0.00142, ("0.0014", "0.0004 to 0.0012"), "its probabilities are off by more than chance"),
+        (0.0012, ("0.001", "0.000 to 0.001"), "no miscalibration is shown"),
+    ],
+)
+def test_a_calibration_error_has_the_digits_that_its_reading_needs(ece, numbers, reading):
+    words = _ece_words({"ece": ece, "calibrated": {"low": 0.0004, "high": 0.0012}}, 80)
+    assert words.startswith(f"ECE {numbers[0]}; ") and f"show {numbers[1]} on 80 images: {reading}" in words
+
+
 CREEPING = {"epochs": 4, "lr": 1e-6, "select": "loss", "schedule": "constant"}
 
 
@@ -194,7 +207,7 @@ def test_a_head_against_itself_shows_no_difference():
     made = compare([*families_of([each]), twin], reference="linear on cls of vit-toy/toy", resamples=100).record
     for each in made["families"][1]["difference"].values():
         assert (each["value"], each["low"], each["high"], each["p_holm"]) == (0, 0, 0, 1)
-        assert each["words"] == "no difference shown: +0.000 [+0.000, +0.000]"
+        assert each["words"] == "no difference shown: 0.000 [0.000, 0.000]"
 
 
 def test_images_in_another_order_are_compared_image_by_image():

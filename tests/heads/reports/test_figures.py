@@ -149,6 +149,31 @@ def test_the_name_of_a_class_is_text_that_fits_beside_the_confusion_matrix(name,
         assert TextPath((0, 0), shown, size=10.5).get_extents().width < float(re.search(r' x="([\d.]+)"', row)[1])
 
 
+@pytest.mark.parametrize(
+    "names, shown",
+    [
+        ([f"Chest radiograph of a child {rest}" for rest in ("with pneumonia", "without any finding")],
+         ["Chest rad…neumonia", "Chest rad… finding"]),
+        ([f"{which} lung of a patient with one and the same finding" for which in ("left", "right")],
+         ["left lung of a pa…", "right lung of a p…"]),
+        ([f"{'x' * 30}{which}{'y' * 30}" for which in "ab"], ["x" * 16 + "…1", "x" * 16 + "…2"]),
+        ([f"{'x' * 30}{which}{'y' * 12}" for which in "ab"], [f"…xxxx{which}{'y' * 12}" for which in "ab"]),
+        (["a\n", "a\t", "b"], ["a·…1", "a·…2", "b"]),
+    ],
+)  # fmt: skip
+def test_shortened_names_of_classes_stay_apart(names, shown, monkeypatch):
+    assert drawing.distinct(names, 18) == shown
+    svg = svg_of_counts(monkeypatch, np.eye(len(names)), tuple(names))
+    assert set(shown) <= set(re.findall(r"<text[^>]*>([^<]*)", svg))
+    keys = figures._draw_curves(figures.unit_square("x", "y"), {name: [figures.GRID] for name in names}, [])
+    assert len({name for _, name in keys}) == len(names)
+
+
+def test_shortened_names_of_many_classes_stay_apart():
+    names = [f"{'x' * 30}{k:03}{'y' * 30}" for k in range(200)]
+    assert len(set(drawing.distinct(names, 18))) == 200 and max(map(len, drawing.distinct(names, 18))) == 18
+
+
 def test_a_large_matrix_is_few_elements(monkeypatch):
     assert svg_of_counts(monkeypatch, np.ones((200, 200)), tuple(f"c{i}" for i in range(200))).count("<path") < 20
 
