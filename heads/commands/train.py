@@ -143,7 +143,7 @@ def train_head(talk: Console, features: str | None, cache: str | None, no_images
 
 
 @command
-@option("--arch", required=True, metavar="NAME", help="A network of those that --help lists, or finetune:BACKBONE.")
+@option("--arch", required=True, metavar="NAME", help="One of those that --help lists.")
 @option("--data", metavar="SOURCE", help="Images and labels, as for extract. [default: those of --features]")
 @source_options
 @features_option
