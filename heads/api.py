@@ -316,8 +316,8 @@ def report(
 def families_in(*paths: str | Path, trust_code: bool = False, left_out: list[str] | None = None) -> list[Family]:
     """The families of run folders and sweep folders: those of sweeps as they chose them, then the runs, grouped.
 
-    ``left_out``: takes a sentence for each family of a sweep that is not finished or damaged; without it a damaged one
-    raises RunError.
+    ``left_out``: takes a sentence for each family of a sweep that is not finished or damaged, and for each run that is
+    a head of a sweep; without it a damaged one raises RunError, and no run is looked for.
     """
     families, runs = list[Family](), list[Run]()
     for path in paths:
@@ -328,9 +328,9 @@ def families_in(*paths: str | Path, trust_code: bool = False, left_out: list[str
         if left_out is not None:
             left_out += [f"left out: {name}: {why}" for name, why in (sweep.unfinished | sweep.damaged).items()]
         families += sweep.families
-    for family in families:
-        inside = [run for run in runs if any(is_same_head(run, each) for each in family.runs)]
-        if left_out is not None and inside:
+    if left_out is not None:
+        for family in families:
+            inside = [run for run in runs if any(is_same_head(run, each) for each in family.runs)]
             sweep_of = family.runs[0].path.parents[1]
             left_out += [f"left out: {run.path} is one of the heads of {sweep_of}" for run in inside]
             runs = [run for run in runs if run not in inside]
