@@ -60,6 +60,11 @@ def exact_number(value: float) -> str:
     return text if float(text := f"{value:g}") == value else str(value)
 
 
+def counted(n: int, noun: str) -> str:
+    """``1 image``, ``2,000 images``."""
+    return f"{n:,} {noun}{'s' * (n != 1)}"
+
+
 def size_text(size: float) -> str:
     """Bytes for people, decimal: 2.8 MB, 0.54 GB."""
     for unit, scale in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):

@@ -6,6 +6,7 @@ The pixels go through the same backbone, precision and rounding as the store tha
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -15,11 +16,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 import numpy as np
 import torch
 
-from featurecache.errors import BadOption, FeatureCacheError, UnknownSourceName, nearest
+from featurecache.errors import BadOption, FeatureCacheError, UnknownSourceName, UnreadableImage, nearest
 from featurecache.files.storage import is_address
-from featurecache.formatting import abbreviated, aligned, one_line, with_addresses
+from featurecache.formatting import abbreviated, aligned, counted, one_line, with_addresses
+from featurecache.images.decoding import digest, image_header
 from featurecache.images.headers import read_by
+from featurecache.sources.summary import LOOKED_AT, dark_pixels
 from featurecache.store.remote_cache import local_place
+from heads.evaluation.external import overlap
 from heads.metrics.calibration import predict_labels, probabilities
 from heads.pixel_view import resize_all
 from heads.runs.run import Run, is_pixels, preprocess_of
@@ -67,20 +71,44 @@ def predict_images(
         raise BadOption(f"--column of predict names path or label, not {unknown[0]!r}.{near}")
     run.model  # noqa: B018  a head that does not load is found before the backbone is
     records: list[dict[str, Any]] = []
+    measured: list[bytes] = []
     source = run.config["view"].get("source") or {}
     for part in in_parts(iterate_images(images_of(images), columns, source.get("page")), _bytes_of, HELD):
-        records += _predict_part(run, part, device, weights)
+        if say and not records:
+            _say_how(run, part, say)
+        records += (own := _predict_part(run, part, device, weights))
+        measured += [digest(i.data).encode() for i, record in zip(part, own, strict=True) if _is_measured(record)]
     if say:
         failed = sum("error" in record for record in records)
-        say(f"predicted  {len(records) - failed:,} images" + (f"; {failed:,} could not be read" if failed else ""))
-        if measured := accuracy_of(records):
-            say(f"accuracy   {measured[0]:.3f} of {measured[1]:,} images whose class is known by folder or table")
+        unread = f"; {failed:,} could not be read" if failed else ""
+        say(f"predicted  {counted(len(records) - failed, 'image')}{unread}")
+        if found := accuracy_of(records):
+            say(f"accuracy   {found[0]:.3f} of {counted(found[1], 'image')} whose class is known by folder or table")
+            for note in overlap(run, measured):
+                say(f"warning    {note}")
     return records
+
+
+def _say_how(run: Run, part: list[NewImage], say: Callable[[str], None]) -> None:
+    """The threshold that decides of two classes, and whether images are darker than the head may expect."""
+    if run.task == "binary":
+        name, cut = one_line(run.config["positive"]), run.calibration.thresholds[0]
+        say(f"threshold  {name} from {cut:.3f} on, as chosen on val")
+    looks = []
+    for image in part[:LOOKED_AT]:
+        with contextlib.suppress(UnreadableImage):
+            looks += [] if isinstance(image.data, str) else [image_header(image.data)]
+    if "bits" not in run.config["spec"]["preprocess"] and (dark := dark_pixels(looks)):
+        say(f"warning    {dark[1]}; this run was made without --bits")
+
+
+def _is_measured(record: dict[str, Any]) -> bool:
+    return "label" in record and "class" in record
 
 
 def accuracy_of(records: Iterable[dict[str, Any]]) -> tuple[float, int] | None:
     """The share of the images with a "label" that are called so, and how many these are; None without any."""
-    hits = [record["class"] == record["label"] for record in records if "label" in record and "class" in record]
+    hits = [record["class"] == record["label"] for record in records if _is_measured(record)]
     return (sum(hits) / len(hits), len(hits)) if hits else None
 
 

@@ -23,7 +23,8 @@ LAYERS = (  # from the lowest to the highest; what stands in one tuple does not 
     ("heads.pixel_view",),
     ("heads.splits",),
     ("heads.runs", "heads.alignment"),
-    ("heads.evaluation", "heads.inference"),
+    ("heads.evaluation",),
+    ("heads.inference",),
     ("heads.training", "heads.explanations"),
     ("heads.sweeps",),
     ("heads.reports",),
@@ -34,7 +35,7 @@ LAYERS = (  # from the lowest to the highest; what stands in one tuple does not 
 )
 LEVEL = {room: level for level, rooms in enumerate(LAYERS) for room in rooms}
 PUBLIC = ("featurecache", "heads")  # the two lazy tables: names of everything, imported when first used
-MODULES, LINES, MODULE_LINES = 178, 41_310, 400  # a change that makes them more says why
+MODULES, LINES, MODULE_LINES = 178, 41_345, 400  # a change that makes them more says why
 SAME_NAME = {"load", "main"}  # what a module calls its entry
 
 

@@ -10,7 +10,7 @@ import io
 import os
 import textwrap
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache, partial
 from itertools import combinations
@@ -128,15 +128,20 @@ def _notes_on_pixels(dataset: Dataset, looks: list[ImageHeader]) -> list[str]:
     """Where the rules of decoding may not be what is meant: an image that comes out dark, a stack of which one page is
     taken."""
     notes = []
-    used = max((look.used for look in looks if look.used), default=16)
-    if used < 16 and dataset.bits is None:
-        share = f"at most {100 * (2**used - 1) / 65535:.2g} % of white"
-        dark = "nearly black" if used <= 12 else "dark"
-        notes.append(f"{used}-bit values in 16-bit files: {dark} ({share}); --bits {used} scales them.")
+    if dataset.bits is None and (dark := dark_pixels(looks)):
+        notes.append(f"{dark[1]}; --bits {dark[0]} scales them.")
     if stacks := [look.pages for look in looks if look.pages > 1]:
         what = f"{len(stacks):,} of {len(looks):,} images looked at are TIFF stacks of up to {max(stacks):,} pages"
         notes.append(f"{what}: the first page is used; --page N takes another (from 0), --page all each.")
     return notes
+
+
+def dark_pixels(looks: Iterable[ImageHeader]) -> tuple[int, str] | None:
+    """The bits that 16-bit samples use, and the words for it, where they use fewer."""
+    used = max((look.used for look in looks if look.used), default=16)
+    share = f"at most {100 * (2**used - 1) / 65535:.2g} % of white"
+    dark = "nearly black" if used <= 12 else "dark"
+    return (used, f"{used}-bit values in 16-bit files: {dark} ({share})") if used < 16 else None
 
 
 def evenly_spaced(rows: np.ndarray, most: int) -> np.ndarray:

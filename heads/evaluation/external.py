@@ -12,9 +12,9 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -62,7 +62,7 @@ def evaluate_run(
     rows = _rows(view, labels, split)
     y = labels[rows]
     n = (y == 1).sum(axis=0) if y.ndim == 2 else np.bincount(y, minlength=len(run.classes))
-    notes += _overlap(run, view, rows)
+    notes += overlap(run, np.asarray(view.digests)[rows], view)
     say = say or (lambda line: None)
     for note in notes:
         say(f"warning    {note}")
@@ -127,19 +127,21 @@ def _rows(view: FeatureView, labels: np.ndarray, split: str | None) -> np.ndarra
     return np.flatnonzero(usable)
 
 
-def _overlap(run: Run, view: FeatureView, rows: np.ndarray) -> list[str]:
-    """A sentence where images were also used to train or choose the head; or where that cannot be looked up."""
+def overlap(run: Run, digests: Collection[bytes], view: Any = None) -> list[str]:
+    """A sentence where images that are measured, S32 [n], were also used to train or choose the head; or where that
+    cannot be looked up. ``view``: one that is open, perhaps that on which it was trained."""
     path, notes = run.config["view"]["path"], []
-    digests = [run.answers("val").digests]
+    used = [run.answers("val").digests]
     try:
-        same = place_of(view.path) == path
-        own = cast(Any, view) if same else image_columns(run, run.ids)
-        digests.append(np.asarray(own.digests)[rows_of_splits(run, own.ids, ("train", "val"))])
-    except (CacheError, OSError):
-        notes.append(f"the view it was trained on is gone ({path}): duplicates of training images cannot be found")
-    used = {bytes(d) for each in digests for d in each}
-    if n := sum(bytes(d) in used for d in np.asarray(view.digests)[rows]):
-        used_too = f"{n:,} of {len(rows):,} images were also used to train or choose this head"
+        own = view if view and place_of(view.path) == path else image_columns(run, run.ids)
+        every = np.asarray(own.digests)
+    except (CacheError, OSError, RunError):
+        notes.append(f"what it was trained on is gone ({path}): duplicates of training images cannot be found")
+    else:
+        used.append(every[rows_of_splits(run, own.ids, ("train", "val"))])
+    known = {bytes(d) for each in used for d in each}
+    if n := sum(bytes(d) in known for d in digests):
+        used_too = f"{n:,} of {len(digests):,} images were also used to train or choose this head"
         notes.append(f"{used_too}: these numbers are too good")
     return notes
 

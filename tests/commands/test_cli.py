@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import re
 import shlex
 import subprocess
 import sys
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import pytest
 from click.testing import Result
+from PIL import Image
 from support.command import call
 from support.pictures import image_folder
 
@@ -257,12 +261,30 @@ def test_train_head_and_predict_agree_with_the_library(tmp_path: Path):
     records = json.loads(predicted.stdout)["predictions"]
     assert len(records) == 31
     assert abs(sum(records[0]["probabilities"].values()) - 1) < 1e-6
+    splits = Counter(
+        row["split"] for row in csv.DictReader(Path("runs/d-linear-1/splits.csv").read_text().splitlines())
+    )
+    used = splits["train"] + splits["val"]
+    told = call("predict", "--run", "runs/d-linear-1", data, "--csv", "all.csv").stderr
+    assert f"warning    {used} of 60 images were also used to train or choose this head: these numbers are" in told
     assert "runs/d-linear-1" in call("ls").stdout
     told = call("info", "runs/d-linear-1")
     for word in ("epochs 2", "splits     train ", "chosen     epoch ", "again      featurecache train-head --head"):
         assert word in told.stdout
     assert "--only" not in told.stdout
     assert "{" not in told.stdout and "next       featurecache report runs/d-linear-1" in told.stderr
+
+
+def test_predict_says_what_decides_of_two_classes_and_that_images_are_nearly_black(tmp_path: Path):
+    extract(image_folder(tmp_path / "d", 60))
+    call("train-head", "--head", "linear", "--epochs", "1", "--no-controls")
+    Image.fromarray(np.full((8, 8), 4095, np.uint16)).save("deep.png")
+    told = call("predict", "--run", "runs/d-linear-1", "d/ill/000.png", "deep.png").stderr
+    cut = json.loads(Path("runs/d-linear-1/config.json").read_text())["calibration"]["thresholds"][0]
+    assert f"threshold  well from {cut:.3f} on, as chosen on val\n" in told
+    dark = "12-bit values in 16-bit files: nearly black (at most 6.2 % of white); this run was made without --bits"
+    assert f"warning    {dark}\n" in told
+    assert "nearly black" not in call("predict", "--run", "runs/d-linear-1", "d/ill/000.png").stderr
 
 
 def test_predict_names_what_it_cannot_read_and_exits_with_1(tmp_path: Path):

@@ -30,7 +30,7 @@ def cached(monkeypatch):
         return view.features[output][rows], failed
 
     monkeypatch.setitem(featurecache.__dict__, "compute", compute)
-    view.spec = {"precision": "fp32"}
+    view.spec = {"precision": "fp32", "preprocess": {}}
     return view, calls, train_head(view, "linear", epochs=2)
 
 
@@ -105,7 +105,9 @@ def test_folders_called_as_classes_show_how_many_are_right(cached, tmp_path):
     records = predict(run, folder, say=said.append)
     assert [record.get("label") for record in records] == [None, None, "kind 0", "kind 1"]  # d.png lies in both
     right = sum(record["class"] == record["label"] for record in records[2:])
-    assert said[1] == f"accuracy   {right / 2:.3f} of 2 images whose class is known by folder or table"
+    assert said[0].startswith("threshold  kind 1 from ") and said[1] == "predicted  4 images"
+    assert said[2] == f"accuracy   {right / 2:.3f} of 2 images whose class is known by folder or table"
+    assert said[3].startswith("warning    what it was trained on is gone")  # toy.h5 was never written
     rows = list(csv.DictReader(io.StringIO(predictions_csv(records))))
     assert [row["true class"] for row in rows] == ["", "", "kind 0", "kind 1"]
 

@@ -164,7 +164,7 @@ def test_images_the_head_was_trained_on_are_said():
     run = train()
     again = toy_view(n=300, splits="given", noise=2.0, name="again", label="vit-toy/again", path=Path("again.h5"))
     found = evaluate_run(run, again, resamples=50)  # val alone can be looked up: the view of training is gone
-    assert any("the view it was trained on is gone" in words for words in found["warnings"])
+    assert any("what it was trained on is gone" in words for words in found["warnings"])
     again.path = run.path / "x.h5"
     reseal(run.path, lambda config: config["view"].update(path=str((run.path / "x.h5").resolve())))
     used = len(run.answers("val").ids) + run.config["splits"]["images"]["train"]
