@@ -204,7 +204,8 @@ def in_use(folder: Path, by: str) -> Iterator[None]:
                 stack.enter_context(exclusive_lock(folder, by))
                 break
             except (InUse, CannotWrite) as error:
-                gone = isinstance(error, CannotWrite) and error.errno == errno.ENOENT  # removed by who held it
+                # removed by who held it: before it was locked, or between mkdir's EEXIST and its look at what is there
+                gone = isinstance(error, CannotWrite) and error.errno in (errno.ENOENT, errno.EEXIST)
                 if not left or not (gone or isinstance(error, InUse)):
                     raise
                 time.sleep(random.uniform(0, PAUSE))

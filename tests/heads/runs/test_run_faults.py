@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 from support.forks import shared
 
+from heads.runs.folder import in_use
+
 SEED = int(os.environ.get("FEATURECACHE_FAULT_SEED", "0"))
 STEPS = int(os.environ.get("FEATURECACHE_FAULT_STEPS", "5"))  # of each test in the slow tier
 JOBS = ("train_run", "train_network", "train_sweep")
@@ -99,3 +101,19 @@ def test_of_several_at_once_one_trains_and_none_harms_it(training, number):
     errors = [answer.error for answer in answers if answer.error]
     assert len(errors) < number and all(error.startswith("InUse: ") for error in errors), errors
     assert training.look(place.name) == training.end
+
+
+def test_a_folder_that_its_holder_removes_while_another_makes_it_is_made_again(tmp_path, monkeypatch):
+    """Path.mkdir finds it there, and no folder any more when it looks what it is: that was said as "File exists"."""
+    folder, is_dir = tmp_path / "held", Path.is_dir
+    folder.mkdir()
+
+    def gone(path):
+        if path == folder:
+            monkeypatch.undo()
+            folder.rmdir()
+        return is_dir(path)
+
+    monkeypatch.setattr(Path, "is_dir", gone)
+    with in_use(folder, "a test"):
+        assert len([*folder.iterdir()]) == 1
