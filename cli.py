@@ -160,7 +160,7 @@ def info(
 
         record = inspect.view_record(open_view(name, cache))
         talk.result(inspect.view_lines(record), record)
-        talk.next(extract.training_of(record["outputs"], record["view"]), cache)
+        talk.next(extract.training_of(record["outputs"], record["view"], len(record["classes"]), record["task"]), cache)
     else:
         _info_all(talk)
     return 0
@@ -244,7 +244,7 @@ def leaks(
         write_whole(Path(sheet), inspect.leaks_sheet(opened, found, images))
         talk.say(f"sheet      {sheet}")
     exact = any(each.splits[0] != each.splits[1] for each in (*found.of("image"), *found.of("group")))
-    way = training + " --drop-leaks" * exact
+    way = training + " --drop-leaks" * (exact and "train-head" in training)
     if found.of("near") and not sheet and not exact:
         way = f"featurecache leaks {shell_word(opened.label)} --sheet leaks.png"
     talk.next(way, cache)
@@ -264,7 +264,7 @@ def _splits_to_look_at(
         view = view or (None if is_pixels(loaded) else loaded.config["view"]["path"])
         splits = str(loaded.path / "splits.csv")
     opened = extract.open_features(talk, view, cache, "a name chooses")
-    training = extract.training_of(opened.outputs, opened.label)
+    training = extract.training_of(opened.outputs, opened.label, len(opened.classes), opened.task)
     if not splits:
         return opened, None, training
     from heads.splits import read_splits

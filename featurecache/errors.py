@@ -162,9 +162,13 @@ class StepFailed(FeatureCacheError, RuntimeError):
 
 
 def nearest(word: str, names: Iterable[str]) -> str:
-    """`` Near: a, b.`` or an empty string: the names closest to ``word``, each once."""
-    near = difflib.get_close_matches(word, dict.fromkeys(names), cutoff=0.5)
-    return f" Near: {', '.join(near)}." if near else ""
+    """`` Near: a, b.`` or an empty string: at most three names that differ from ``word`` in a letter or two (compact is
+    not near compare, of a ratio of 0.71), or of which one begins with the other, each once."""
+    names, n = list(dict.fromkeys(names)), max(len(word), 2)
+    near = difflib.get_close_matches(word, names, cutoff=min(0.72, (n - 1) / n))
+    begins = [x for x in names if min(len(x), len(word)) > 2 and (x.startswith(word) or word.startswith(x))]
+    near += [name for name in begins if name not in near]
+    return f" Near: {', '.join(near[:3])}." if near else ""
 
 
 def first_line(error: BaseException) -> str:

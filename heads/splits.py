@@ -20,7 +20,7 @@ import numpy as np
 from featurecache.errors import BadOption, ProtocolError
 from featurecache.files.delimited import read_delimited
 from featurecache.files.records import check_part_of_a_run
-from featurecache.formatting import abbreviated, cell, shell_word, text_of
+from featurecache.formatting import abbreviated, cell, counted, shell_word, text_of
 from heads.settings import SPLITS, Settings
 from heads.stratify import nested_fraction, stratified_parts
 from heads.task import FeatureView, Leak, Task, clusters_of, is_labelled, plain_rows
@@ -67,7 +67,8 @@ def choose_splits(view: FeatureView, task: Task, settings: Settings) -> Splits:
     if fold is not None:
         how, drawn = _fold(view, names, fold, seed, resplit_val), ("val", "test")
     if unlabelled := int((~task.usable & plain_rows(view) & ~is_labelled(np.asarray(view.labels))).sum()):
-        warnings.append(f"{unlabelled:,} images carry no label and are left out")
+        carry = "carries no label and is" if unlabelled == 1 else "carry no label and are"
+        warnings.append(f"{counted(unlabelled, 'image')} {carry} left out")
     names[~task.usable] = ""
     leaks_of = leaking(view, names) if settings.drop_leaks else {}
     for rows in leaks_of.values():
@@ -101,7 +102,8 @@ def _drawn(
     elif "train" not in have:
         raise ProtocolError(f"{view.label} has {' and '.join(sorted(have))} images but none to train on.")
     elif left := int((np.array(list(view.splits)) == "").sum()):
-        warnings.append(f"{left:,} images have no split in the data and are left out")
+        verbs = ("has", "is") if left == 1 else ("have", "are")
+        warnings.append(f"{counted(left, 'image')} {verbs[0]} no split in the data and {verbs[1]} left out")
     missing = tuple(s for s in ("val", "test") if s not in have)
     if not missing or not whole:
         return names, "as in the data", ()
@@ -144,7 +146,7 @@ def _fold(view: FeatureView, names: np.ndarray, fold: tuple[int, int], seed: int
     names[pool[rest]] = "train"
     val = stratified_parts(labels[pool[rest]], units[rest], np.array([1 - SHARE, SHARE]), seed, (5, number)) == 1
     names[pool[rest[val]]] = "val"
-    note = f"; the given test ({tests:,} images) is not touched" if tests else ""
+    note = f"; the given test ({counted(tests, 'image')}) is not touched" if tests else ""
     return f"fold {number + 1} of {count}, val 15 % of the others{note}, split seed {seed}"
 
 
@@ -172,7 +174,8 @@ def _thin(names: np.ndarray, task: Task, per_class: int, seed: int, warnings: li
     for c, name in enumerate(task.classes):
         rows = np.flatnonzero((names == "train") & (task.labels == c))
         if len(rows) < per_class:
-            warnings.append(f"train has {len(rows):,} images of {name}, fewer than --train-per-class {per_class:,}")
+            few = f"{counted(len(rows), 'image')} of {name}"
+            warnings.append(f"train has {few}, fewer than --train-per-class {per_class:,}")
         names[rng.permutation(rows)[per_class:]] = ""
 
 
@@ -194,9 +197,9 @@ def _check(
     if absent:
         warnings.append(f"train has no image of {abbreviated(absent, 4)}: no head can learn it")
     in_val = zip(task.classes, counts["val"], strict=True)
-    if few := [f"{n:,} image{'s' * (n != 1)} of {name}" for name, n in in_val if n < FEW]:
+    if few := [f"{counted(n, 'image')} of {name}" for name, n in in_val if n < FEW]:
         again = "--resplit-val returns them to train and draws 15 % anew"
-        way = "they were drawn from train, which has few" if "val" in drawn else again
+        way = "drawn at random from few" if "val" in drawn else again
         warnings.append(f"val has {abbreviated(few, 4)}: too few to choose a model ({way})")
 
 
@@ -261,5 +264,5 @@ def read_splits(file: str | Path, ids: Sequence[str] | np.ndarray, warnings: lis
             f"--splits {path} has no row for {len(missing):,} of {len(ids):,} images (the first: {missing[0]})."
         )
     if others := len(split_of.keys() - set(ids)):
-        warnings.append(f"{path} names {others:,} images that are not in this view")
+        warnings.append(f"{path} names {counted(others, 'image')} not in this view")
     return np.array([split_of[i] for i in ids], dtype="<U5")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,7 @@ from featurecache.files.records import ENGINES, WAYS
 from featurecache.formatting import (
     abbreviated,
     columns,
+    counted,
     device_title,
     duration,
     images_per_second,
@@ -88,8 +90,8 @@ def _augmented_record(extraction: Extraction) -> dict[str, Any] | None:
     }
 
 
-def extraction_lines(extraction: Extraction, record: dict[str, Any]) -> str:
-    """The first screen of ``extract``: backbone, what it sees, data, what is kept, machine, warnings."""
+def extraction_lines(extraction: Extraction, record: dict[str, Any], data: str = "") -> str:
+    """The first screen of ``extract``: backbone, what it sees, ``data`` as typed, what is kept, machine, warnings."""
     from featurecache.images.headers import crop_words
 
     record = one_line(record)
@@ -97,7 +99,7 @@ def extraction_lines(extraction: Extraction, record: dict[str, Any]) -> str:
         ("backbone", _backbone_line(record)),
         *[("weights", record["backbone"]["weights"])] * bool(record["backbone"]["weights"]),
         ("sees", record["backbone"]["sees"]),
-        ("data", _data_line(record)),
+        ("data", f"{one_line(data) or record['source'].get('data')}  {_data_text(record['data'])}"),
         *[("understood", record["understood"])] * bool(record["understood"]),
         *[("crop", crop_words(crop)) for crop in (record["source"].get("crop"),) if crop],
         *[("augment", _augmented_line(made, extraction.name)) for made in (record["augmented"],) if made],
@@ -109,10 +111,11 @@ def extraction_lines(extraction: Extraction, record: dict[str, Any]) -> str:
     held, copies = record["images_in_cache"], (record["augmented"] or {}).get("in_cache", 0)
     if held or copies:
         also = f" and {copies:,} of {record['augmented']['copies']:,} augmented copies" if record["augmented"] else ""
-        rows.append(("cache", f"{held:,} of {extraction.plain:,} distinct images{also} are in it already"))
+        what = f"{held:,} of {counted(extraction.plain, 'distinct image')}{also}"
+        rows.append(("cache", f"{what} {'are' if also or extraction.plain > 1 else 'is'} in it already"))
     if extraction.to_derive:
-        what = "images and augmented copies" if extraction.copying else "images"
-        rows.append(("derives", f"{extraction.to_derive:,} {what} from stored tokens, without the backbone"))
+        what = counted(extraction.to_derive, "image") + " and augmented copies" * bool(extraction.copying)
+        rows.append(("derives", f"{what} from stored tokens, without the backbone"))
     return columns(rows)
 
 
@@ -136,16 +139,15 @@ def _backbone_line(record: dict[str, Any]) -> str:
     return "  ".join(filter(None, [made["name"], made["id"], ", ".join([parameters, *trained, "frozen"])]))
 
 
-def _data_line(record: dict[str, Any]) -> str:
-    data = record["data"]
+def _data_text(data: dict[str, Any]) -> str:
     totals = zip(data["splits"], data["totals"], strict=True)
     splits = " · ".join(f"{split or 'no split'} {total:,}" for split, total in totals)
     classes = " · ".join(f"{name} {sum(row):,}" for name, row in zip(data["classes"][:6], data["counts"], strict=False))
-    more = f" · {len(data['classes']) - 6} more classes" if len(data["classes"]) > 6 else ""
+    more = f" · {len(data['classes']) - 6:,} more" if len(data["classes"]) > 6 else ""
     duplicates = data["duplicates"]["total"] if data["duplicates"] else 0
-    parts = [splits if data["splits"] not in ([], [""]) else "", classes + more]
-    parts += [f"{duplicates:,} duplicate{'s' * (duplicates > 1)}"] * bool(duplicates)
-    return f"{record['source'].get('data')}  {data['images']:,} images: " + "; ".join(filter(None, parts))
+    parts = [splits if data["splits"] not in ([], [""]) else "", classes + more or "no labels"]
+    parts += [counted(duplicates, "duplicate")] * bool(duplicates)
+    return f"{counted(data['images'], 'image')}: " + "; ".join(filter(None, parts))
 
 
 def _keeps_line(extraction: Extraction) -> str:
@@ -153,7 +155,7 @@ def _keeps_line(extraction: Extraction) -> str:
     where = extraction.store.path if extraction.store else extraction.cache / f"{extraction.backbone.name}-…"
     text = f"{kept}, {extraction.spec.dtype}"
     if extraction.copying:
-        text += f" for {extraction.plain:,} images and {len(extraction.copying):,} augmented copies"
+        text += f" for {counted(extraction.plain, 'image')} and {len(extraction.copying):,} augmented copies"
     text += f": {size_text(extraction.bytes_of())} in {where}"
     sizes = {o.name: extraction.bytes_of([o.name]) for o in extraction.outputs}
     cheapest = min(sizes, key=lambda name: sizes[name])
@@ -164,7 +166,7 @@ def _keeps_line(extraction: Extraction) -> str:
 
 def _machine_line(extraction: Extraction, rate: float | None) -> str:
     plan, device = extraction.plan, extraction.device
-    threads = f"{plan['threads']} CPU thread{'s' * (plan['threads'] > 1)}"
+    threads = counted(plan["threads"], "CPU thread")
     what = threads if device.type == "cpu" else device_title(device)
     precision = f"{extraction.spec.precision} ({extraction.precision_reason})"
     engine = extraction.engine.words
@@ -180,15 +182,15 @@ def _warnings(data: dict[str, Any]) -> list[str]:
     if "val" in data["splits"] and data["task"] in ("binary", "multiclass", "ordinal"):
         val = [row[data["splits"].index("val")] for row in data["counts"]]
         counts = [(n, name) for name, n in zip(data["classes"], val, strict=True) if n < FEW_IN_VAL]
-        few = [f"{n} image{'s' * (n != 1)} of {name}" for n, name in counts]
+        few = [f"{counted(n, 'image')} of {name}" for n, name in counts]
         words = f"val has {abbreviated(few, 4)}: too few to choose a model; train-head --resplit-val draws val anew"
         warnings = [words] * bool(few) + warnings
     if duplicates := data["duplicates"]:
         for pair, n in duplicates["across"].items():
             where = f"in both {pair.replace('+', ' and ')}"
-            warnings += [f"{n:,} image{'s stand' if n > 1 else ' stands'} {where}"] * bool(n)
-        if duplicates["two_labels"]:
-            warnings.append(f"{duplicates['two_labels']:,} images bear two different labels")
+            warnings += [f"{counted(n, 'image')} stand{'s' * (n == 1)} {where}"] * bool(n)
+        if n := duplicates["two_labels"]:
+            warnings.append(f"{counted(n, 'image')} bear{'s' * (n == 1)} two different labels")
     return warnings
 
 
@@ -300,19 +302,19 @@ def extract(
 
     if options["data"] == "digits":
         talk.say("data       digits: scikit-learn's 1,797 handwritten digits; give your own with --data FOLDER")
-    prepared = plan.prepare(
-        options.pop("data"), columns=pairs_of(columns), remember=not dry_run, progress=talk.progress, **options
-    )
+    data = options.pop("data")
+    prepared = plan.prepare(data, columns=pairs_of(columns), remember=not dry_run, progress=talk.progress, **options)
     if sheet:
         contact_sheet(prepared.dataset, Path(sheet))
     rate = prepared.estimate(measure=not dry_run)
     record = extraction_record(prepared, rate)
     if dry_run:
-        lines = [extraction_lines(prepared, record), "", str(description_of(prepared))]
+        table = replace(description_of(prepared), notes=[])  # which are among the warnings
+        lines = [extraction_lines(prepared, record, data), "", str(table)]
         talk.result("\n".join(lines), {**record, "sheet": sheet})
         talk.next(typed_command("dry_run"))
         return 0
-    talk.say(extraction_lines(prepared, record))
+    talk.say(extraction_lines(prepared, record, data))
     if sheet:
         talk.say(f"sheet      {sheet}")
     prepared.check_disk()
@@ -321,13 +323,17 @@ def extract(
     result = prepared.run(progress=talk.progress, rate=rate)
     label = View(result.view, columns_only=True).label
     talk.result(plan.extraction_summary(result, label), result_record(result))
-    talk.next(training_of(result.outputs), options["cache"])
+    made = prepared.dataset
+    talk.next(training_of(result.outputs, label, len(made.classes), made.task, newest=True), options["cache"])
     return int(bool(result.failed) and options["on_error"] != "skip")
 
 
-def training_of(outputs: Iterable[str], view: str = "") -> str:
-    """The command that trains a head on these outputs (of ``view``, where that is not the newest)."""
-    features = f" --features {shell_word(view)}" if view else ""
+def training_of(outputs: Iterable[str], view: str, classes: int = 2, task: str = "", newest: bool = False) -> str:
+    """The command that trains a head on these outputs of a view; where there is nothing to tell apart, the one that
+    writes them to a file."""
+    if classes < 2 and task != "multilabel":
+        return f"featurecache export {shell_word(view)} FILE.npz"
+    features = "" if newest else f" --features {shell_word(view)}"
     return f"featurecache train-head --head {'large' if 'tokens' in outputs else 'linear'}{features}"
 
 

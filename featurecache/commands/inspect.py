@@ -16,7 +16,7 @@ import numpy as np
 
 from featurecache.commands.terminal import record_of
 from featurecache.errors import BadOption, FeatureCacheError, UnreadableImage
-from featurecache.formatting import aligned, cell, columns, cost_per_image, one_line, shape_text, size_text
+from featurecache.formatting import aligned, cell, columns, cost_per_image, counted, one_line, shape_text, size_text
 from featurecache.images.decoding import digest
 from featurecache.images.headers import EncodedImage, crop_words
 from featurecache.maintenance.leaks import KINDS, LeakFinding, Leaks
@@ -82,7 +82,7 @@ def cache_lines(cache: Path, records: list[dict[str, Any]]) -> str:
         what = f"{how}, {store['dtype']}" + (", untrained" if store["untrained"] else "")
         lines.append(f"{store['folder']}  {store['backbone']}, {what}: {size_text(store['bytes'])}")
         for name, entry in store["outputs"].items():
-            shards = f"{entry['shards']:,} shard{'s' * (entry['shards'] != 1)}"
+            shards = counted(entry["shards"], "shard")
             lines.append(f"  {name:<14} {size_text(entry['bytes']):>9} in {shards}")
         for view in store["views"]:
             if "error" in view:
@@ -91,8 +91,9 @@ def cache_lines(cache: Path, records: list[dict[str, Any]]) -> str:
             failed = f", {view['failed']} left out" if view["failed"] else ""
             kept = f"{', '.join(view['outputs'])}, {size_text(view['bytes'])}"
             copies = f" and {view['copies']:,} augmented copies" if view["copies"] else ""
-            what = f"{view['images']:,} images{copies}, {view['classes']} classes ({view['task']}){failed}: {kept}"
-            lines.append(f"  view {view['label']}  {what}")
+            classes = f"{view['classes']:,} class{'es' * (view['classes'] > 1)} ({view['task']})"
+            what = f"{counted(view['images'], 'image')}{copies}, {classes if view['classes'] else 'no labels'}"
+            lines.append(f"  view {view['label']}  {what}{failed}: {kept}")
     lines.append(f"{'all':<16} {size_text(sum(store['bytes'] for store in records)):>9}")
     return "\n".join(lines)
 
@@ -145,23 +146,24 @@ def view_lines(record: dict[str, Any]) -> str:
     record = one_line(record)
     spec, made = record["spec"], record["provenance"]
     duplicates = record["images"] - record["distinct"]
-    facts = f"{record['images']:,} images, {record['task']}" + (f", {duplicates:,} duplicates" if duplicates else "")
+    facts = f"{counted(record['images'], 'image')}, {record['task']}"
+    facts += f", {counted(duplicates, 'duplicate')}" * bool(duplicates)
     if record["groups"] is not None:
-        facts += f", {record['groups']:,} groups"
+        facts += f", {counted(record['groups'], 'group')}"
     header = ["", *(split or "no split" for split in record["splits"])]
     counts = [[name, *(f"{n:,}" for n in row)] for name, row in zip(record["classes"], record["counts"], strict=True)]
     rows = [
         ("view", f"{record['view']} in {record['path']}"),
         ("data", f"{record['source'].get('data')}  {facts}"),
-        ("understood", record["source"].get("understood") or ""),
-        ("classes", "\n".join(aligned([header, *counts], margin=11))),
+        *[("understood", text) for text in (record["source"].get("understood"),) if text],
+        *[("classes", "\n".join(aligned([header, *counts], margin=11)))] * bool(counts),
     ]
     if crop := record["source"].get("crop"):
         rows.append(("crop", crop_words(crop)))
     if made_of := record["augmented"]:
         each = "one each" if made_of["views"] == 1 else f"{made_of['views']:,} each"
-        counted = f"{made_of['copies']:,} augmented copies, {each} of {made_of['images']:,} images"
-        rows.append(("augment", f"{counted}: {made_of['words']}, seed {made_of['augment']['seed']}"))
+        copies = f"{made_of['copies']:,} augmented copies, {each} of {counted(made_of['images'], 'image')}"
+        rows.append(("augment", f"{copies}: {made_of['words']}, seed {made_of['augment']['seed']}"))
     for name, info in record["outputs"].items():
         tokens = ""
         if info["prefix"] is not None:
@@ -185,7 +187,7 @@ def view_lines(record: dict[str, Any]) -> str:
     ]
     if record["failed"]:
         failed = [f"{entry['id']}  {entry['reason']}" for entry in record["failed"]]
-        rows.append(("left out", "\n".join([f"{len(failed):,} images", *failed])))
+        rows.append(("left out", "\n".join([counted(len(failed), "image"), *failed])))
     return columns(rows)
 
 
@@ -213,7 +215,7 @@ def _splits(finding: LeakFinding) -> str:
 def _size(finding: LeakFinding) -> str:
     """``8 images``."""
     noun = {"group": "group", "near": "pair"}.get(finding.kind, "image")
-    return f"{finding.count:,} {noun}{'s' * (finding.count != 1)}"
+    return counted(finding.count, noun)
 
 
 def _label(view: View, row: int) -> str:

@@ -19,7 +19,7 @@ from featurecache.commands.source_options import (
 )
 from featurecache.commands.terminal import Console, cache_option, command, of_backbone_options, record_of
 from featurecache.errors import BadOption
-from featurecache.formatting import columns, first_of, one_line, shape_text, shell_word, size_text
+from featurecache.formatting import columns, counted, first_of, one_line, shape_text, shell_word, size_text
 
 if TYPE_CHECKING:
     from featurecache.maintenance.collect import CollectResult
@@ -62,7 +62,7 @@ def repair(talk: Console, names: tuple[str, ...], cache: str | None, **options: 
 @option("--yes", is_flag=True, help="Do not ask.")
 @cache_option
 def rm(talk: Console, view: str, yes: bool, cache: str | None) -> int:
-    """Remove a view. Its rows stay until gc: another view, or the next extraction, may use them.
+    """Remove a view. Its rows stay until gc --delete: another view, or the next extraction, may use them.
 
     \b
     featurecache rm vit-in21k/chest
@@ -74,11 +74,13 @@ def rm(talk: Console, view: str, yes: bool, cache: str | None) -> int:
     if not yes and sys.stdin.isatty():
         click.confirm(f"remove {find_view(view, own_cache(cache, 'rm'))}?", abort=True, err=True)
     done = collect.remove_view(view, cache)
-    images = "" if done.images is None else f" ({done.images:,} images)"
+    images = "" if done.images is None else f" ({counted(done.images, 'image')})"
     others = f"the store still has {', '.join(done.others)}" if done.others else "it was the store's last view"
-    rows = [("removed", f"{done.label}{images}; {others}"), ("remains", "its rows, until featurecache gc")]
-    talk.result(columns(rows), done)
-    talk.next("featurecache gc", cache)
+    own = f"{size_text(done.bytes)} that no other view names" if done.bytes else "its rows: other views name them all"
+    own = "its rows, as far as no other view names them" if done.bytes is None else own
+    until = "" if done.bytes == 0 else ", until featurecache gc --delete"
+    talk.result(columns([("removed", f"{done.label}{images}; {others}"), ("remains", own + until)]), done)
+    talk.next("featurecache ls" if done.bytes == 0 else "featurecache gc", cache)
     return 0
 
 
@@ -112,9 +114,10 @@ def compact(talk: Console, view: str | None, cache: str | None) -> int:
     from featurecache.maintenance import collect
 
     done = collect.compact(view, cache)
-    what = f"{done.view} is in order already: {done.shards[1]:,} shards"
+    what = f"{done.view} is in order already: {counted(done.shards[1], 'shard')}"
     if done.written or done.shards[0] != done.shards[1]:
-        shards = f"{done.shards[0]:,} → {done.shards[1]:,} shards, {done.pieces[0]:,} → {done.pieces[1]:,} pieces"
+        shards = f"{done.shards[0]:,} → {counted(done.shards[1], 'shard')}, "
+        shards += f"{done.pieces[0]:,} → {counted(done.pieces[1], 'piece')}"
         what = f"{done.view}: {shards}; {size_text(done.written)} written, the old files removed"
     talk.result(f"compact    {what}", done)
     talk.next(f"featurecache verify {shell_word(done.view)}", cache)
@@ -142,7 +145,7 @@ def export(talk: Console, view: str, file: str, cache: str | None, copies: bool,
     if copies and opened.augmented is None:
         raise BadOption(f"{opened.label} has no augmented copies; leave --copies out.")
     done = export_view(opened, file, progress=talk.progress, **options)
-    kept = f"{done.rows:,} rows of {', '.join(done.outputs)}"
+    kept = f"{counted(done.rows, 'row')} of {', '.join(done.outputs)}"
     talk.result(f"exported   {kept} to {done.path} ({size_text(done.bytes)})", done)
     if opened.augmented and not copies:
         talk.say(f"left out   {opened.rows - len(opened):,} augmented copies; --copies exports them too")
@@ -180,10 +183,10 @@ def import_(talk: Console, file: str, name: str, cache: str | None, **options: A
     options |= {"prefix": _prefix(options["prefix"]), "grid": _grid(options["grid"])}
     done = import_view(file, name, cache=cache, progress=talk.progress, **options)
     label = View(done.view, columns_only=True).label
-    classes = f", {len(done.classes)} classes" if done.classes else ""
-    duplicates = f", {done.duplicates:,} duplicates" if done.duplicates else ""
+    task = done.task + f", {len(done.classes):,} class{'es' * (len(done.classes) > 1)}" * bool(done.classes)
+    duplicates = f", {counted(done.duplicates, 'duplicate')}" if done.duplicates else ""
     rows = [
-        ("imported", f"{done.rows:,} rows, {done.task}{classes}{duplicates}; {done.new_rows:,} new to the cache"),
+        ("imported", f"{counted(done.rows, 'row')}, {task}{duplicates}; {done.new_rows:,} new to the cache"),
         ("keeps", " + ".join(shape_text(name, shape) for name, shape in done.outputs.items())),
         ("view", f"{label} in {done.view}; of unknown origin"),
     ]
@@ -244,9 +247,9 @@ def garbage_lines(done: CollectResult) -> str:
             what = "the whole store" if store.folder else "rows that no view names"
             lines.append(f"{store.store}  {what}{' removed' if done.deleted else ''}")
         for rows in store.outputs:
-            whole = f", {rows.shards:,} shards as a whole" if rows.shards else ""
+            whole = f", {counted(rows.shards, 'shard')} as a whole" if rows.shards else ""
             kept = f" ({', '.join(rows.derived)} made of them is kept and needs none)" if rows.derived else ""
-            lines.append(f"  {rows.output:<14} {size_text(rows.bytes):>9} in {rows.rows:,} rows{whole}{kept}")
+            lines.append(f"  {rows.output:<14} {size_text(rows.bytes):>9} in {counted(rows.rows, 'row')}{whole}{kept}")
         if store.others:
             others = one_line(", ".join(store.others[:5]))
             lines.append(f"  the folder stays: it holds {others}, which featurecache did not put there")
@@ -266,7 +269,8 @@ def merge_lines(results: list[MergeResult]) -> str:
     lines = []
     for each in results:
         where = f" → {each.store}{' (new)' if each.new else ''}" if each.store else ""
-        taken = f"{each.rows:,} rows, {each.shards:,} shards, {size_text(each.bytes)}" if each.rows else "no new rows"
+        shards = f"{counted(each.rows, 'row')}, {counted(each.shards, 'shard')}, {size_text(each.bytes)}"
+        taken = shards if each.rows else "no new rows"
         lines.append(f"{each.source}{where}  {taken if each.store else 'left'}")
         lines += [f"  left: {one_line(reason)}" for reason in each.left]
         for view in each.views:
@@ -282,7 +286,7 @@ def merge_lines(results: list[MergeResult]) -> str:
 def verification_lines(report: VerifyReport) -> str:
     """One line for what was checked, then each damaged file with the samples whose rows are wrong."""
     rate = size_text(report.bytes / report.seconds) if report.seconds else "0 B"
-    what = f"{report.files:,} files, {size_text(report.bytes)} in {report.seconds:.2g} s ({rate}/s)"
+    what = f"{counted(report.files, 'file')}, {size_text(report.bytes)} in {report.seconds:.2g} s ({rate}/s)"
     if not report.damages:
         return columns([("checked", f"{what}: all are what was written")])
     rows = [("checked", f"{what}: {len(report.damages):,} damaged or missing")]
@@ -298,12 +302,13 @@ def repair_lines(done: list[Repair]) -> str:
         return columns([("repaired", "nothing: every file is what was written")])
     rows = []
     for each in done:
-        what = f"{len(each.replaced):,} files written again, {each.computed:,} rows computed, {each.kept:,} kept"
-        removed = f"; {len(each.removed):,} damaged files removed" if each.removed else ""
+        rows_made = f"{counted(each.computed, 'row')} computed, {each.kept:,} kept"
+        what = f"{counted(len(each.replaced), 'file')} written again, {rows_made}"
+        removed = f"; {counted(len(each.removed), 'damaged file')} removed" if each.removed else ""
         rows.append(("store", f"{each.store}: {what}{removed}"))
         if each.gone:
             told = "cannot be computed again" if each.left else "left the views"
-            rows.append(("gone", "\n".join([f"{len(each.gone):,} images {told}:", *first_of(each.gone)])))
+            rows.append(("gone", "\n".join([f"{counted(len(each.gone), 'image')} {told}:", *first_of(each.gone)])))
         if each.gone and each.left:
             rows.append(("unchanged", "put the images back, or leave those rows out with --drop"))
         else:

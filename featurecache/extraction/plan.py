@@ -34,6 +34,7 @@ from featurecache.files.records import ENGINES, WAYS
 from featurecache.formatting import (
     columns,
     cost_per_image,
+    counted,
     duration,
     first_of,
     images_per_second,
@@ -279,7 +280,7 @@ def extraction_summary(result: ExtractionResult, view_label: str) -> str:
         work = f"{result.derived:,} derived from stored tokens in {duration(result.seconds)}"
     unread = f"; {len(result.failed):,} could not be kept:" if result.failed else ""
     copies = f" and {result.copies:,} augmented copies" if result.copies else ""
-    done = f"{result.images:,} images{copies}, {work}{unread}"
+    done = f"{counted(result.images, 'image')}{copies}, {work}{unread}"
     failed = first_of(result.failed, f"more; featurecache info {shell_word(view_label)} lists them")
     spent = [("time", _time_spent(result.shares)), ("cost", cost_per_image(result.cost))] if result.computed else []
     return columns([("done", "\n".join([done, *failed])), *spent, ("view", f"{view_label} in {result.view}")])

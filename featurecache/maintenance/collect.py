@@ -20,6 +20,7 @@ import shutil
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +28,7 @@ import numpy as np
 from featurecache.errors import BadOption, CacheError, FeatureCacheError
 from featurecache.files.atomic import check_room, orphaned_files, remove_orphans, sync_path, temporary_path, writing
 from featurecache.files.locks import MARKS, exclusive_lock
+from featurecache.formatting import counted
 from featurecache.outputs import parse
 from featurecache.store.reference import canary_path
 from featurecache.store.shards import (
@@ -49,12 +51,13 @@ _ROOM = "Free some space; nothing was changed."
 
 @dataclass(frozen=True)
 class RemovedView:
-    """A view that was removed. ``images`` is None where it could not be read."""
+    """A view that was removed. ``images`` is None where it could not be read, ``bytes`` where some view could not."""
 
     label: str
     path: Path
     images: int | None
     others: tuple[str, ...]  # views that the store still has
+    bytes: int | None  # of rows that none of these names
 
 
 def remove_view(name: str | Path, cache: str | Path | None = None) -> RemovedView:
@@ -68,12 +71,24 @@ def remove_view(name: str | Path, cache: str | Path | None = None) -> RemovedVie
     with contextlib.suppress(FeatureCacheError):  # a damaged one goes too
         view = View(path, columns_only=True)
         label, images = view.label, len(view)
+    size = None
     with exclusive_lock(store.path, f"rm {path.stem}"):
         store.sweep()
+        with contextlib.suppress(FeatureCacheError):
+            size = _own_bytes(path, [other for other in store.views() if other != path])
         with writing(path):
             path.unlink()
             sync_path(store.path)
-    return RemovedView(label, path, images, tuple(other.stem for other in store.views()))
+    return RemovedView(label, path, images, tuple(other.stem for other in store.views()), size)
+
+
+def _own_bytes(path: Path, others: Sequence[Path]) -> int:
+    """Of the rows of a view that no other one names."""
+    view, *named = (View(each, columns_only=True, copies=True) for each in (path, *others))
+    rows = {name: set(_keys(view, name).tolist()) for name in view.outputs}
+    for name, each in product(rows, named):
+        rows[name] -= set(_keys(each, name).tolist()) if name in each.outputs else set()
+    return sum(len(keys) * view.info(name).row_bytes for name, keys in rows.items())
 
 
 @dataclass(frozen=True)
@@ -173,7 +188,8 @@ def _plan_collection(store: Store) -> tuple[StoreGarbage, list[OutputRelocation]
         shards.sort(key=lambda shard: (-needed[shard.path].mean(), -needed[shard.path].sum(), shard.path))
         outputs.append(output := plan_relocation(layout, shards, rows))
         if output.unused_rows:
-            derived = tuple(o.name for o in viewed if o.name != name and o.is_derived and o.source == name)
+            without = {each for view in views if name not in view.outputs for each in view.outputs}
+            derived = tuple(o.name for o in viewed if o.name in without and o.is_derived and o.source == name)
             unused.append(UnusedRows(name, len(output.drop), output.unused_rows, output.unused_bytes, derived))
     empty = not views and not any(output.keep or output.split for output in outputs)
     others = _strange_files(store) if empty else ()
@@ -268,7 +284,7 @@ def plan_relocation(layout: Layout, shards: Sequence[Shard], wanted: np.ndarray)
     places = find_by_key(shards, wanted)
     if not places.mask.all():
         raise CacheError(
-            f"{int((~places.mask).sum()):,} rows of {layout.output} that views name lie in no shard. "
+            f"No shard has {counted(int((~places.mask).sum()), 'row')} of {layout.output} that views name. "
             "featurecache verify lists what is damaged, featurecache repair computes it again."
         )
     stored = [row_keys(shard.digests, shard.checksums) for shard in shards]

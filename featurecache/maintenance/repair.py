@@ -29,6 +29,7 @@ from featurecache.extraction.pipeline import ExtractionJob, ShardJob, ShardPlan,
 from featurecache.files.atomic import writing
 from featurecache.files.locks import exclusive_lock
 from featurecache.files.records import check_provenance, checked_plan, parse_json
+from featurecache.formatting import counted
 from featurecache.images import decoding as _images
 from featurecache.images.headers import EncodedImage
 from featurecache.maintenance.verify import Damage, ReferencedShard, check_store, referenced_shards
@@ -241,7 +242,7 @@ class StoreRepair:
         if not len(chosen):
             return None
         lost = chosen[~shard.whole[chosen]]
-        self._say(f"{shard.named.path}: {len(lost):,} of {len(chosen):,} rows are made again")
+        self._say(f"{shard.named.path}: making {len(lost):,} of {counted(len(chosen), 'row')} again")
         self._kept += len(chosen) - len(lost)
         notes = self._notes(shard.layout)
         extracted = self._extract(shard, lost, notes)

@@ -17,7 +17,7 @@ import numpy as np
 
 from featurecache.errors import BadOption, Reading, SeveralReadings, SourceError, UnknownSourceName, nearest
 from featurecache.files.records import is_text
-from featurecache.formatting import abbreviated
+from featurecache.formatting import abbreviated, counted
 from featurecache.maintenance.feature_files import ArrayInfo, FeatureFile, open_feature_file
 from featurecache.sources.annotations import Annotations
 from featurecache.sources.label_cells import LabelColumns, LabelOptions, labels_of_columns
@@ -148,7 +148,7 @@ def _column(file: FeatureFile, role: str, key: str | None, rows: int) -> ArrayIn
         )
     for array in arrays:
         if array.shape[:1] != (rows,):
-            there = f"{array.shape[0]:,} rows" if array.shape else "one value"
+            there = counted(array.shape[0], "row") if array.shape else "one value"
             raise SourceError(f"{array.name} of {file.path.name} has {there}, the features have {rows:,}.")
     return arrays[0] if arrays else None
 
@@ -173,11 +173,11 @@ def _order(table: Annotations, ids: list[str] | None, rows: int) -> np.ndarray:
         row_of = {name: row for row, name in enumerate(table.ids)}
         if missing := [name for name in ids if name not in row_of]:
             raise SourceError(
-                f"{len(missing):,} ids of the features are not in the table of labels: {abbreviated(missing, 3)}."
+                f"the table of labels lacks {counted(len(missing), 'id')} of the features: {abbreviated(missing, 3)}."
             )
         return np.array([row_of[name] for name in ids], np.int64)
     if len(table.splits) != rows:
-        raise SourceError(f"the table of labels has {len(table.splits):,} rows, the features have {rows:,}.")
+        raise SourceError(f"the table of labels has {counted(len(table.splits), 'row')}, the features have {rows:,}.")
     return np.arange(rows)
 
 
@@ -202,7 +202,7 @@ def _labels_array(file: FeatureFile, key: str | None, rows: int) -> ArrayInfo | 
     if key and ending == ".npy":
         array = next(iter(open_feature_file(Path(key)).arrays.values()))
         if array.shape[:1] != (rows,):
-            raise SourceError(f"{key} has the shape {list(array.shape)}; the features have {rows:,} rows.")
+            raise SourceError(f"{key} has the shape {list(array.shape)}; the features have {counted(rows, 'row')}.")
         return array
     if ending:
         raise SourceError(

@@ -27,6 +27,7 @@ from typing import Any
 import numpy as np
 
 from featurecache.errors import BadOption, SourceError, UnreadableImage
+from featurecache.formatting import counted
 from featurecache.images import dicom, tiff
 from featurecache.images.headers import DICOM_FRONT, EncodedFrame, is_dicom
 from featurecache.sources.base import Dataset, ImageFiles, as_unreadable, open_image_file, read_file
@@ -165,7 +166,7 @@ def _files_of(
     file_of = {row: place for row, place in places if place is not None}
     distinct = {file: os.path.join(images.root, file) for file, _ in file_of.values()}
     if distinct and not dicom.installed() and (count := sum(is_dicom_file(path) for path in distinct.values())):
-        raise SourceError(f"{count:,} images of {dataset.source['data']} are DICOM. {dicom.MISSING}.")
+        raise SourceError(f"{dataset.source['data']} has {counted(count, 'image')} in DICOM. {dicom.MISSING}.")
     return file_of, {file: _read_header(path, _stamp(path)) for file, path in distinct.items()}
 
 
@@ -253,7 +254,7 @@ def _notes(grouped: bool, files: list[_FileHeader], page: str | None) -> list[st
         each = "each an image (#frame=0, #frame=1, …)"
         used = each if page in (None, "all") else f"{unit} {page} of each is used"
         if several := [count for count in of_kind if count > 1]:
-            notes.append(f"{len(several):,} {kind} files hold {sum(several):,} {unit}s, {used}.")
+            notes.append(f"{counted(len(several), f'{kind} file')} with {sum(several):,} {unit}s, {used}.")
     if page is not None and all(len(header.numbers) == 1 for header in files):
         notes.append(f"No file holds several images: --page {page} changes nothing.")
     patients = {header.patient for header in files} - {""}
@@ -263,8 +264,8 @@ def _notes(grouped: bool, files: list[_FileHeader], page: str | None) -> list[st
     elif not grouped and patients and len(files) > 1:
         notes.append("All DICOM files bear one PatientID, which tells nobody apart: it is not taken for groups.")
     if more := sum((header.windows or 0) > 1 for header in files):
-        notes.append(f"{more:,} DICOM files hold several windows; the first is used.")
+        notes.append(f"{counted(more, 'DICOM file')} with several windows; the first is used.")
     if none := sum(header.windows == 0 for header in files):
         shown = "the full range of their stored bits is shown, which may look flat"
-        notes.append(f"{none:,} DICOM files have no window: {shown}.")
+        notes.append(f"{counted(none, 'DICOM file')} without a window: {shown}.")
     return notes

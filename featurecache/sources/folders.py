@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from featurecache.errors import SourceError, UnknownSourceName, UnreadableImage, nearest
-from featurecache.formatting import abbreviated
+from featurecache.formatting import abbreviated, counted
 from featurecache.sources.base import Dataset, ImageFiles, as_unreadable, open_image_file
 from featurecache.sources.dicom_frames import EXTENSIONS as DICOM
 from featurecache.sources.dicom_frames import PICTURES, is_dicom_file, may_be_dicom
@@ -79,7 +79,7 @@ def open_folder(
         back = abbreviated(sorted(tree.loops), 3)
         notes.insert(0, f"Links that lead back to a folder above them were not followed: {back}.")
     if many := tree.ignored.total():
-        notes.insert(0, f"{many:,} files are no images by their names and were ignored ({kinds_text(tree.ignored)}).")
+        notes.insert(0, f"{counted(many, 'file')} ignored, by name no image ({kinds_text(tree.ignored)}).")
     return Dataset(
         name=os.path.basename(data),
         ids=ids,
@@ -138,7 +138,7 @@ def _left_out(tree: _Tree, told: Sequence[str]) -> list[str]:
     own = [f"left out as told ({abbreviated(told, 3)})"] if told else []
     own += [f"what featurecache wrote left out ({abbreviated(tree.own, 3)})"] if tree.own else []
     many, names = tree.systems.total(), abbreviated([f"{name}/" for name in sorted(tree.systems)], 3)
-    return own + ([f"{many:,} folder{'s' * (many > 1)} of systems left out ({names})"] if many else [])
+    return own + ([f"{counted(many, 'folder')} of systems left out ({names})"] if many else [])
 
 
 def is_image(name: str) -> bool:

@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 
 from featurecache.errors import BadOption, Reading, SeveralReadings, SourceError
-from featurecache.formatting import abbreviated
+from featurecache.formatting import abbreviated, counted
 from featurecache.sources.labels import class_labels, finite_number, several_labels
 from featurecache.sources.vocabulary import LETTER_CASE, YES_NO, in_order, is_missing, one_spelling, spelling_key
 
@@ -158,7 +158,7 @@ def _without_uncertain(name: str, values: list[str], reading: LabelColumns) -> l
 def _remark_uncertain(count: int, meaning: str, reading: LabelColumns) -> None:
     reading.assumed = meaning
     read_as = {"ignore": "unknown (--uncertain zero or one reads it otherwise)", "zero": "0", "one": "1"}[meaning]
-    reading.remarks.append(f"-1 ({count:,} cells) is read as {read_as}")
+    reading.remarks.append(f"-1 ({counted(count, 'cell')}) is read as {read_as}")
 
 
 def _yes_or_no(values: list[str], reading: LabelColumns) -> list[str]:

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from typing import NoReturn
 
 from featurecache.errors import Reading, SeveralReadings, SourceError
-from featurecache.formatting import abbreviated, shell_word
+from featurecache.formatting import abbreviated, counted, shell_word
 from featurecache.sources.pairs import (
     IMAGES,
     are_sides,
@@ -330,7 +330,7 @@ class _Reader:
         if above := [row for row in rows if len(self.parts[row]) < level or level < 1]:
             images = sum(len(self.images[row]) for row in above)
             raise SourceError(
-                f"--classes-at {level}: {images:,} images of {self.where} lie above that level "
+                f"--classes-at {level}: {counted(images, 'image')} of {self.where} above that level "
                 f"({'/'.join(self.parts[above[0]]) or 'in the folder itself'}); 1 are the folders in {self.where}."
             )
         for other in range(1, depth + 1):

@@ -17,7 +17,7 @@ from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Sequence
 
 from featurecache.errors import Reading, SeveralReadings, SourceError
-from featurecache.formatting import abbreviated
+from featurecache.formatting import abbreviated, counted
 from featurecache.sources.vocabulary import SPLITS, split_names_of, words_of
 
 # Words of folders that say "images" and nothing of a class.
@@ -66,7 +66,7 @@ def without_masks(paths: Sequence[str], where: str, classes_at: int | None = Non
     _refuse_two_endings([paths[row] for row in rows], where)
     counts = Counter(filter(None, kinds))
     shown = abbreviated([kind for kind, _ in counts.most_common()], 3)
-    return rows, [f"{counts.total():,} mask{'s' * (counts.total() > 1)} left out ({shown})"] if counts else []
+    return rows, [f"{counted(counts.total(), 'mask')} left out ({shown})"] if counts else []
 
 
 def _mask_folders(paths: Iterable[str], where: str, classes_at: int | None) -> set[str]:

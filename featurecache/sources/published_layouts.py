@@ -34,7 +34,7 @@ from dataclasses import replace
 from itertools import combinations
 
 from featurecache.errors import SourceError
-from featurecache.formatting import abbreviated
+from featurecache.formatting import abbreviated, counted
 from featurecache.sources.base import Dataset, ImageFiles, read_text
 from featurecache.sources.folders import is_image, list_folder, open_folder
 from featurecache.sources.labels import class_labels, resolve_labels, unique_names
@@ -84,7 +84,7 @@ def open_chest_xray(data: str, columns: dict[str, str] | None, task: str | None)
     notes = [f"{name} inside {data} repeats its splits and was left out." for name in again]
     if unnamed:
         missing = " and no label" if by_kind and "" in kinds else ""
-        notes.append(f"{unnamed:,} images have other names than this set's: they have no number of a person{missing}.")
+        notes.append(f"{counted(unnamed, 'image')} with other names than this set's: no number of a person{missing}.")
     return replace(
         plain,
         **resolve_labels(numbers, names, task, data)._asdict(),
@@ -162,7 +162,7 @@ def open_tiny_imagenet(data: str, task: str | None) -> Dataset:
     train = _train(data, wnids)
     val, more = _val(data, wnids)
     if left_out := len(_images(data, "test/images")):
-        left = f"The {left_out:,} images of test have no published labels and were left out"
+        left = f"{counted(left_out, 'image')} of test left out, without published labels"
         notes.append(f"{left}: give {data}/test/images.")
     ids, wnid_of = map(list, zip(*sorted([*train.items(), *val.items()]), strict=True))
     return Dataset(
@@ -210,13 +210,13 @@ def _val(data: str, wnids: list[str]) -> tuple[dict[str, str], list[str]]:
     """id → class of the images of val, and what to say of them."""
     together = _images(data, "val/images")
     if sorted_in := _in_class_folders(data, "val", wnids):
-        again = f"val is sorted into class folders: the {len(together):,} images of val/images were left out."
+        again = f"val is sorted into class folders: {counted(len(together), 'image')} of val/images left out."
         return sorted_in, [again] if together else []
     if not together and not os.path.exists(os.path.join(data, _ANNOTATIONS)):
         return {}, [f"There are no images of val in {data}."]
     annotated = _annotated(data, wnids)
     extra = [name for name in together if name not in annotated]
-    notes = [f"{len(extra):,} images of val are not in val_annotations.txt and have no label."] if extra else []
+    notes = [f"{counted(len(extra), 'image')} of val not in val_annotations.txt, without a label."] if extra else []
     return annotated | dict.fromkeys(extra, ""), notes
 
 

@@ -21,12 +21,13 @@ import numpy as np
 
 from featurecache.errors import UnreadableImage
 from featurecache.files.atomic import write_whole
-from featurecache.formatting import aligned
+from featurecache.formatting import aligned, counted
 from featurecache.images.decoding import decode, image_header
 from featurecache.images.headers import EncodedImage, ImageHeader
 from featurecache.sources.base import Dataset
 from featurecache.sources.folders import SHEET
 from featurecache.sources.labels import SPLIT_ORDER
+from featurecache.sources.vocabulary import near_names
 
 if TYPE_CHECKING:
     from PIL import Image, ImageDraw
@@ -79,7 +80,7 @@ class Description:
     def __str__(self) -> str:
         kind = "labels" if self.task == "multilabel" else "classes"
         what = f"{len(self.classes):,} {kind} ({self.task})" if self.classes else "no labels"
-        return "\n".join([f"{self.name}  {self.images:,} images, {what}", *_table(self), *_facts(self)])
+        return "\n".join([f"{self.name}  {counted(self.images, 'image')}, {what}", *_table(self), *_facts(self)])
 
 
 def describe_dataset(
@@ -114,17 +115,22 @@ def describe_dataset(
         kinds=dict(Counter(look.kind for look in looks).most_common()),
         unreadable=[(dataset.shown(row), header) for row, header in headers.items() if isinstance(header, str)],
         duplicates=None if digests is None else _duplicates(dataset, digests),
-        notes=[*dataset.notes, *_notes_on_pixels(dataset, looks)],
+        notes=notes_of(dataset, looks),
     )
 
 
-def notes_of(dataset: Dataset) -> list[str]:
-    """What a user should hear of a dataset before its images are used: its own notes, and dark or left out pixels."""
-    looks = [header for header in _look_at_some(dataset).values() if not isinstance(header, str)]
-    return [*dataset.notes, *_notes_on_pixels(dataset, looks)]
+def notes_of(dataset: Dataset, looks: Sequence[ImageHeader] | None = None) -> list[str]:
+    """What a user should hear of a dataset before its images are used: its own notes, classes that may be misspelt, and
+    dark or left out pixels (by ``looks``, where some were looked at before)."""
+    if looks is None:
+        looks = [header for header in _look_at_some(dataset).values() if not isinstance(header, str)]
+    y, several = dataset.labels, dataset.labels.ndim == 2
+    counts = (y == 1).sum(0) if several else np.bincount(y[y >= 0], minlength=len(dataset.classes))
+    near = near_names(dict(zip(dataset.classes, counts.tolist(), strict=True)), several)
+    return [*dataset.notes, *near, *_notes_on_pixels(dataset, looks)]
 
 
-def _notes_on_pixels(dataset: Dataset, looks: list[ImageHeader]) -> list[str]:
+def _notes_on_pixels(dataset: Dataset, looks: Sequence[ImageHeader]) -> list[str]:
     """Where the rules of decoding may not be what is meant: an image that comes out dark, a stack of which one page is
     taken."""
     notes = []
@@ -228,7 +234,8 @@ def duplicates_text(duplicates: Duplicates) -> str:
     parts = [f"{count:,} within {split}" for split, count in duplicates.within.items() if count and split]
     parts += [f"{count:,} in both {pair.replace('+', ' and ')}" for pair, count in duplicates.across.items() if count]
     parts += [f"{duplicates.two_labels:,} under two labels"] if duplicates.two_labels else []
-    return f"{duplicates.total:,} images repeat another" + (f" ({', '.join(parts)})" if parts else "")
+    repeat = f"{counted(duplicates.total, 'image')} repeat{'s' * (duplicates.total == 1)} another"
+    return repeat + (f" ({', '.join(parts)})" if parts else "")
 
 
 # -- contact sheets
@@ -312,9 +319,9 @@ def contact_sheet(dataset: Dataset, path: str | Path, per_class: int = 8) -> Non
             words = (split or "no split", f"{len(chosen):,}") if any(dataset.splits) else ("", "")
             if len(chosen):
                 rows.append((words, _cells(dataset, evenly_spaced(chosen, per_class))))
-        sections.append(SheetSection(name, f"{int(images.sum()):,} images", rows))
+        sections.append(SheetSection(name, counted(int(images.sum()), "image"), rows))
     cut = f", the first {MOST_CLASSES} of {len(groups):,} classes" if len(groups) > MOST_CLASSES else ""
-    about = f"{len(dataset):,} images, {dataset.task}{cut}"
+    about = f"{counted(len(dataset), 'image')}, {dataset.task}{cut}"
     write_whole(Path(path), grid_of_images(dataset.name, about, sections))
 
 

@@ -21,7 +21,7 @@ from dataclasses import replace
 
 from featurecache.errors import Reading, SeveralReadings, SourceError
 from featurecache.files.delimited import read_delimited
-from featurecache.formatting import abbreviated
+from featurecache.formatting import abbreviated, counted
 from featurecache.sources.annotations import Annotations, Table, annotations_of_text, roles_of_table
 from featurecache.sources.base import Dataset, ImageArrays, ImageFiles
 from featurecache.sources.image_paths import image_files
@@ -193,7 +193,7 @@ def _one_row_each(table: Table, roles: dict[str, list[str]], task: str | None) -
             left.append(name)
         else:
             columns[name] = [cell[0] if cell else "" for cell in kinds]
-    notes = [f"{count:,} rows are {len(rows_of):,} images{united}"]
+    notes = [f"{count:,} rows are {counted(len(rows_of), 'image')}{united}"]
     if left:
         notes.append(f"columns left out, different between the rows of an image: {abbreviated(left)}")
     firsts = [table.places[rows[0]] for rows in rows_of.values()]

@@ -6,13 +6,14 @@ other ``brain_train`` and ``brain_test`` are train and test, for a word that all
 
 from __future__ import annotations
 
+import difflib
 import re
 import unicodedata
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 
 from featurecache.errors import Reading, SeveralReadings, SourceError, UnknownSourceName, nearest
-from featurecache.formatting import abbreviated, join_names, shell_word
+from featurecache.formatting import abbreviated, counted, join_names, shell_word, shell_words
 
 # What people call their splits -> what we call them.
 SPLITS = {
@@ -38,6 +39,7 @@ PERSON = re.compile(
 # Cells that mean "not known", lower case. ``None`` is Python's; ``none`` may be a class (none, mild, severe).
 MISSING = frozenset(("", "nan", "na", "n/a", "#n/a", "<na>", "null", "nat", "-", "?"))
 LETTER_CASE = ("ignore", "keep")  # --letter-case
+RARE, FEW_RARE = 2, 20  # images of a class whose name may be another's misspelt; more such classes are no misspellings
 YES_NO = {
     **dict.fromkeys(("1", "1.0", "1.00", "true", "yes", "y", "t", "positive", "present"), 1.0),
     **dict.fromkeys(("0", "0.0", "0.00", "false", "no", "n", "f", "negative", "absent"), 0.0),
@@ -131,6 +133,35 @@ def one_spelling(
             shown = [(repr if len(ways) == len(several) else ascii)(name) for name in sorted(several)]
             notes.append(f"{' and '.join(shown)} are spellings of one class, {best}.")
     return chosen, notes
+
+
+def near_names(counts: Mapping[str, int], several: bool = False) -> list[str]:
+    """A sentence for each class of one or two images whose name may be another's misspelt; ``counts`` has the images of
+    each class. ``several``: images have several labels, which training does not merge."""
+    rare, notes = [name for name, n in counts.items() if 0 < n <= RARE], list[str]()
+    for name in rare if len(rare) <= FEW_RARE else ():
+        if other := next((other for other, n in counts.items() if n > RARE and _is_near(name, other)), None):
+            classes = [f"{other}={other},{name}", *(each for each in counts if each not in (name, other))]
+            words = shell_words(word for each in classes[:6] for word in ("--classes", each))
+            way = "" if several or {*",="} & {*name, *other} else f", or train with {words}{' …' * (len(classes) > 6)}"
+            there = f"{counted(counts[name], 'image')}. Near: {other} ({counts[other]:,})"
+            notes.append(f"class {name} has {there}. If they are one, rename it in the data{way}")
+    return notes
+
+
+def _is_near(name: str, other: str) -> bool:
+    """Whether two names differ by signs and spaces or by one letter of one word, which has five or more and begins with
+    the same one (``typical``, ``atypical`` are two classes); never where they differ in a number."""
+    a, b = words_of(name), words_of(other)
+    if (whole := "".join(a)) == "".join(b):
+        return len(whole) > 4 and spelling_key(name) != spelling_key(other)  # else they are two by --letter-case
+    pairs = [pair for pair in zip(a, b, strict=False) if pair[0] != pair[1]]
+    if len(a) != len(b) or len(pairs) > 1:
+        return False
+    one, two = pairs[0]
+    same = sum(block.size for block in difflib.SequenceMatcher(None, one, two).get_matching_blocks())
+    long = min(len(one), len(two)) > 4 and same >= max(len(one), len(two)) - 1
+    return long and one[0] == two[0] and (one + two).isalpha()
 
 
 # -- order

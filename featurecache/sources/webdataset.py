@@ -38,7 +38,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from featurecache.errors import Reading, SeveralReadings, SourceError, UnreadableImage
-from featurecache.formatting import abbreviated
+from featurecache.formatting import abbreviated, counted
 from featurecache.images.headers import EncodedFrame
 from featurecache.sources.annotations import Table, annotations_of_text, roles_of_table
 from featurecache.sources.base import Dataset, ImageFiles, as_unreadable, open_image_file, read_text
@@ -370,10 +370,10 @@ def _splits(tars: list[str], numbers: list[int]) -> list[str]:
 
 
 def _notes(index: TarIndex, without: int, labelled: bool) -> list[str]:
-    notes = [f"{without:,} samples hold no image and were left out."] if without else []
+    notes = [f"{counted(without, 'sample')} without an image left out."] if without else []
     if many := index.ignored.total():
         kinds = kinds_text(index.ignored)
-        notes.append(f"{many:,} entries of the tars are no images or labels and were ignored ({kinds}).")
+        notes.append(f"Ignored in the tars, neither image nor label: {many:,} ({kinds}).")
     if not labelled:
         notes.append("No labels were found: expected .cls files, or a field of the .json that --column label= names.")
     return notes

@@ -18,8 +18,8 @@ from featurecache.commands.terminal import (
     trust_option,
     typed_command,
 )
-from featurecache.formatting import aligned, shell_word, shell_words
-from heads.commands.train import page_options, prediction_by, training_options
+from featurecache.formatting import aligned, counted, shell_word, shell_words
+from heads.commands.train import open_chosen, page_options, prediction_by, training_options
 
 tested_option = option("--show-test", type=Choice(["chosen", "all"]), default="chosen", help="Test of which settings.")
 
@@ -131,7 +131,7 @@ def evaluate(
     name = view.label + (f" ({split})" if split else "")
     tables = [external_table(family, name, record["task"], record["n_test"]) for family in record["families"]]
     written = sorted({each["written"] for each in evaluated})
-    lines = [*tables, how_made(record), *(f"written    {path}" for path in written)]
+    lines = [*tables, how_made(record, name), *(f"written    {path}" for path in written)]
     talk.result("\n".join(lines), {"evaluated": evaluated, "families": record["families"]})
     talk.next(f"featurecache report {shell_word(run)}")
     return int(any(" is damaged" in sentence for sentence in left_out))
@@ -167,7 +167,7 @@ def report(talk: Console, runs: tuple[str, ...], no_images: bool, **options: Any
 
 
 @command
-@option("--run", "runs", required=True, multiple=True, metavar="DIR", help="A run; several stand side by side.")
+@option("--run", "runs", required=True, multiple=True, metavar="DIR", help="A run, or a sweep's choice; several.")
 @option("--out", metavar="DIR", help="Where the PNGs go. [default: explain in the folder of the first run]")
 @option(
     "--kind",
@@ -193,8 +193,10 @@ def explain(talk: Console, runs: tuple[str, ...], images: tuple[str, ...], **opt
     from heads.explanations.explain import explanations_table
 
     options["classes"] = options["classes"] or None
-    maps = heads.explain(list(runs), list(images), **options)
-    made = f"{maps.path}/   {len(maps.files):,} PNG files, explain.json" if maps.files else "none; nothing was written"
+    opened = [open_chosen(talk, run, options["trust_code"]) for run in runs]
+    maps = heads.explain(opened, list(images), **options)
+    files = f"{counted(len(maps.files), 'PNG file')}, explain.json"
+    made = f"{maps.path}/   {files}" if maps.files else "none; nothing was written"
     lines = [explanations_table(maps.records), f"maps       {made}"]
     talk.result("\n".join(lines), {"explained": maps.path, "files": maps.files, "maps": maps.records})
     if maps.files:
@@ -203,7 +205,7 @@ def explain(talk: Console, runs: tuple[str, ...], images: tuple[str, ...], **opt
 
 
 def _written(report: Any) -> str:
-    shown = "no image of the data" if not report.images else f"{report.images:,} images of the data"
+    shown = "no image of the data" if not report.images else f"{counted(report.images, 'image')} of the data"
     size = report.path.stat().st_size / 1e6
     return f"report     {report.path}   {size:.1f} MB, embeds {shown}; metrics.csv and metrics.json beside it"
 

@@ -102,6 +102,16 @@ def prediction_by(run: Run) -> str:
     return f"featurecache predict --run {shell_word(run.path)} IMAGE…"
 
 
+def open_chosen(talk: Console, run: str, trust_code: bool) -> Run:
+    """A run, or of a sweep the one that it chose: then it is said which."""
+    from heads.api import open_run
+
+    loaded = open_run(run, trust_code=trust_code, say=talk.say)
+    if loaded.path != Path(run):
+        talk.line(f"run        {loaded.path}   (the choice of the sweep {run})")
+    return loaded
+
+
 def _show_run(talk: Console, run: Run) -> None:
     from heads.reports.text import final_table
 
@@ -216,11 +226,8 @@ def predict(
         import heads
         from featurecache.files.atomic import write_whole
         from heads import inference
-        from heads.api import open_run
 
-    loaded = open_run(run, trust_code=trust_code, say=talk.say)
-    if loaded.path != Path(run):
-        talk.line(f"run        {loaded.path}   (the choice of the sweep {run})")
+    loaded = open_chosen(talk, run, trust_code)
     if loaded.untrained:
         talk.warn(["the backbone of this run was never trained: its answers show the tool, nothing else"])
     records = heads.predict(loaded, list(images), columns=pairs_of(columns), say=talk.say, **options)

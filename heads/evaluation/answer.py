@@ -7,7 +7,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from featurecache.formatting import number, signed
+from featurecache.formatting import counted, number, signed
 from heads.evaluation.selection import selection_key
 from heads.settings import measure_name, title
 
@@ -22,9 +22,9 @@ def answer_of(record: dict[str, Any]) -> str:
     lead, reference = measure_name(record["select"]), record["reference"]
     best, *others = sorted(record["families"], key=lambda family: selection_key([family], record["select"]))
     name, measure, groups = best["name"], title(lead, record["task"]), record["clusters"]
-    images = f"on {record['n_test']:,} test images"
+    images = f"on {counted(record['n_test'], 'test image')}"
     if groups["unit"] == "group":
-        images += f" of {groups['n']:,} groups"
+        images += f" of {counted(groups['n'], 'group')}"
     if not others:
         return _alone(best, lead, measure, images, record["controls"])
     difference = {family["name"]: (family["difference"] or {}).get(lead) for family in record["families"]}
@@ -91,8 +91,13 @@ def _size(difference: Difference) -> str:
 
 def _numbers(difference: Difference) -> str:
     assert difference
-    value, low, high = (signed(difference[key]).replace("-", "−") for key in ("value", "low", "high"))
+    value, low, high = (signed_text(difference[key]) for key in ("value", "low", "high"))
     return f"{value} [{low}, {high}]"
+
+
+def signed_text(value: float) -> str:
+    """`signed` in a sentence or on a page: with a minus sign, no hyphen."""
+    return signed(value).replace("-", "−")
 
 
 def _listed(names: Sequence[str]) -> str:

@@ -177,7 +177,7 @@ def epochs_warning(names: Sequence[str], families: Sequence[Family]) -> str | No
     limits, several = sorted(set(ended.values())), len(ended) > 1
     return (
         f"{abbreviated(list(ended), 4)} ended at {'their' if several else 'its'} limit of "
-        f"{' or '.join(f'{limit:,}' for limit in limits)} epochs while val still got better; "
+        f"{' or '.join(f'{n:,}' for n in limits)} epoch{'s' * (limits != [1])} while val still got better; "
         f"--epochs {4 * limits[-1]} lets {'them' if several else 'it'} go on"
     )
 

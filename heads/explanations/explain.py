@@ -19,7 +19,7 @@ from featurecache.arithmetic import exact_arithmetic
 from featurecache.errors import BadOption, CannotWrite, UnreadableImage, nearest
 from featurecache.files.atomic import write_whole
 from featurecache.files.names import check_path
-from featurecache.formatting import aligned, one_line
+from featurecache.formatting import aligned, one_line, signed
 from featurecache.images.headers import read_by
 from heads.explanations.explainer import Explainer, SourceImage, SourceImages, read_source_image, visible_box
 from heads.explanations.maps import KINDS, Panel, SaliencyMap, class_margin_weights, draw_maps
@@ -237,10 +237,10 @@ def explanations_table(records: Sequence[dict[str, Any]]) -> str:
             what = f"no {r['kind']} for {Path(r['run']).name}: " if "kind" in r else "could not be read: "
             errors.append(f"{one_line(r['image'])}  {what}{one_line(r['error'])}")
             continue
-        margin, likeness = ("–" if r[k] is None else f"{r[k]:+.2f}" for k in ("margin", "likeness_to_control"))
+        margin, likeness = ("–" if r[k] is None else signed(r[k]) for k in ("margin", "likeness_to_control"))
         (height, width), (down, across) = r["grid"], r["peak"] or (-1, -1)
         place = f"row {down + 1}/{height}, column {across + 1}/{width}" if r["peak"] else "nowhere above 0"
-        beside = ", ".join(f"{name} {part:+.2f}" for name, part in r["beside"].items()) or "–"
+        beside = ", ".join(f"{name} {signed(part)}" for name, part in r["beside"].items()) or "–"
         name, run = one_line(r["image"]), Path(r["run"]).resolve().name
         of = r["class"] or "any"
         rows.append([name, f"{r['kind']}: {r['map_of']}", run, of, margin, place, beside, likeness])

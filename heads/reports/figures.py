@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from featurecache.formatting import counted
 from heads.metrics.calibration import CalibratedPredictions, counts_at, log_odds, predict_labels, probabilities
 from heads.metrics.classification import auroc
 from heads.reports.drawing import DASHES, GREY, SERIES, SQUARE, Figure, Matrix, Plot, distinct, save_png, style_of
@@ -77,7 +78,7 @@ def counts_figure(predictions: TestPredictions) -> Figure:
     labels, names = predictions[0][0].task == "multilabel", distinct(classes, 18)
     whole = counts.reshape(len(counts), -1, 2).sum(2).repeat(2, axis=1) if labels else counts.sum(1, keepdims=True)
     share = np.divide(counts, whole, out=np.zeros_like(counts), where=whole > 0)
-    mean = f" Counts are the mean of {len(predictions) // folds} heads." if len(predictions) > folds else ""
+    mean = f" Counts are the mean of {counted(len(predictions) // folds, 'head')}." if len(predictions) > folds else ""
     notes = f"{mean} All {folds} folds together." if folds > 1 else mean
     if labels:
         columns = ("true\npositives", "false\nnegatives", "false\npositives", "true\nnegatives")
@@ -239,6 +240,8 @@ def training_figures(runs: Sequence[Run], overlaid: bool = False) -> list[Figure
     if right := next((name for name in ACCURACY if f"train_{name}" in history[0]), None):
         plot = _history_plot(runs, (f"train_{right}", f"val_{right}"), "accuracy", least=0.02, top=1.0)
         drawn = "Of train as drawn: balanced, augmented and with dropout where these are on."
+        if runs[0].task in ("binary", "multilabel"):
+            drawn += " What is likelier counts; in the tables accuracy is at the threshold."
         figures.append(Figure("Training: accuracy", plot, " ".join(filter(None, [several, drawn])), keys))
     if not overlaid and chosen["by"] not in ("loss", "accuracy") and f"val_{chosen['by']}" in history[0]:
         criterion = title(chosen["by"], runs[0].task)

@@ -216,8 +216,9 @@ def leaderboard(
     ]
     return {
         "rows": rows, "controls": list(zip(record["controls"], strips[len(rows) :], strict=True)), "axis": axis,
-        "measures": text.shown_measures(record), "lead": lead, "spreads": text.shown_spreads(families),
-        "costs": cost_columns(families), "device": devices_words(families), "published": any(marks),
+        "measures": text.shown_measures(record), "lead": lead, "published": any(marks),
+        "spreads": text.shown_spreads(families, lead, record["task"]),
+        "costs": cost_columns(families), "device": devices_words(families),
         "greyed": any(one["grey"] for each in marks for one in each),
         "fractions": len({f["fraction"] for f in families}) > 1,
         "differences": any(f.get("difference") for f in families),

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from featurecache.formatting import counted
 from heads.evaluation.costs import CHARTED, COSTS, cost_columns
 from heads.evaluation.families import Family
 from heads.reports.drawing import SERIES, Figure, Plot, plain, style_of
@@ -132,7 +133,7 @@ def learning_figure(
             hint = f"{name}, {100 * p['fraction']:.3g} % of train: {p['value']:.3f}"
             plot.dot(p["fraction"] * shift, p["value"], style, hint)
     keys = [(style_of(number), name) for number, (name, _) in enumerate(series[: len(SERIES)])]
-    whole = f" 100 % are {total:,} images." if total else ""
+    whole = f" 100 % are {counted(total, 'image')}." if total else ""
     caption = f"How much labelling buys: upright bars are 95 % intervals on test.{whole}"
     return Figure("Learning curves", plot, caption, tuple(keys))
 

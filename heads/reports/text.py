@@ -8,7 +8,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from featurecache.formatting import abbreviated, aligned, columns, number, one_line, signed
+from featurecache.formatting import abbreviated, aligned, columns, counted, number, one_line
+from heads.evaluation.answer import signed_text
 from heads.evaluation.comparison import compare
 from heads.evaluation.costs import COSTS, cost_rows, cost_text, devices_words, run_cost, run_cost_line
 from heads.evaluation.families import families_of, fraction_of, run_setting
@@ -68,13 +69,21 @@ def interval(test: dict[str, Any] | None) -> str:
     return f"{number(test['value'])} [{number(test['low'])}, {number(test['high'])}]"
 
 
-def how_made(record: dict[str, Any]) -> str:
-    """What the intervals are, in one line."""
-    clusters = record["clusters"]
-    of = f"{record['n_test']:,} images"
+def how_made(record: dict[str, Any], view: str | None = None) -> str:
+    """What the intervals are, in one line; with another ``view`` in two: of the own test, and of that on the view."""
+    families, clusters, of = record["families"], record["clusters"], counted(record["n_test"], "image")
     if clusters["n"] < record["n_test"]:
-        of = f"{clusters['n']:,} {'groups' if clusters['unit'] == 'group' else 'different images'} ({of})"
-    methods = {test["method"] or "" for family in record["families"] for test in family["test"].values()}
+        of = f"{counted(clusters['n'], 'group' if clusters['unit'] == 'group' else 'different image')} ({of})"
+    own = [family["test"] for family in families]
+    if view is None:
+        return _intervals(f"on {of}", own)
+    parts = [part for family in families for part in family["external"] if part["view"] == view]
+    there = _intervals(f"of {one_line(view)} on {counted(parts[0]['n'], 'image')}", [part["test"] for part in parts])
+    return f"{_intervals(f'of the own test on {of}', own)}\n{there}"
+
+
+def _intervals(what: str, tests: Sequence[dict[str, Any]]) -> str:
+    methods = {measured["method"] or "" for test in tests for measured in test.values()}
     meaning = {
         "Wilson": "proportions by Wilson",
         "cluster bootstrap": "a stratified bootstrap of whole clusters",
@@ -82,7 +91,7 @@ def how_made(record: dict[str, Any]) -> str:
         "corrected t": "Nadeau and Bengio's t over sets of test images",
     }
     used = [text for start, text in meaning.items() if any(method.startswith(start) for method in methods)]
-    return f"[95 % intervals on {of}: {'; '.join(used)}]" if used else f"[on {of}]"
+    return f"[95 % intervals {what}: {'; '.join(used)}]" if used else f"[{what}]"
 
 
 def sentence(words: str, record: dict[str, Any]) -> str:
@@ -106,19 +115,20 @@ def lab_table(record: dict[str, Any]) -> str:
     """A comparison's record: controls first, then the families, best on val first, ties by val NLL."""
     task, lead, shown = record["task"], measure_name(record["select"]), shown_measures(record)
     families = sorted(record["families"], key=lambda family: selection_key([family], record["select"]))
-    spreads = shown_spreads(families)
-    rows = [[*_header(lead, shown, task), *(f"± over {kind}" for kind in spreads)]]
-    rows += [[*_control_row(control, lead, shown), *("" for _ in spreads)] for control in record["controls"]]
+    spreads = shown_spreads(families, lead, task)
+    rows = [(_header(lead, shown, task), list(spreads.values()))]
+    rows += [(_control_row(control, lead, shown), [""] * len(spreads)) for control in record["controls"]]
     for family in families:
         test = [interval(family["test"].get(m)) for m in shown]
         over = [number(spread.get(lead)) if (spread := family["spread"][kind]) else "" for kind in spreads]
         name, value = one_line(family["name"]), number(family["val"].get(lead))
-        rows.append([name, f"{family['parameters']:,}", value, *test, *over])
-    lines = [*aligned(rows), how_made(record), *_control_notes(record["controls"])]
+        rows.append(([name, f"{family['parameters']:,}", value, *test], over))
+    table = aligned([[*row[:4], *over, *row[4:]] for row, over in rows])  # behind the test that it is the spread of
+    lines = [*table, how_made(record), *_control_notes(record["controls"])]
     lines += _against(record, families, lead)
     lines += cost_table([(family["name"], family) for family in families])
     lines += [
-        f"{one_line(family['name'])} on {one_line(other['view'])}, {other['n']:,} images: "
+        f"{one_line(family['name'])} on {one_line(other['view'])}, {counted(other['n'], 'image')}: "
         + ", ".join(f"{title(m, task)} {interval(other['test'].get(m))}" for m in shown)
         for family in families
         for other in family["external"]
@@ -149,9 +159,10 @@ def shown_measures(record: dict[str, Any]) -> list[str]:
     return [m for m in ordered if m in record["measures"]]
 
 
-def shown_spreads(families: Sequence[dict[str, Any]]) -> list[str]:
-    """Columns of standard deviations: over what any family was repeated."""
-    return [kind for kind in ("seeds", "repeats", "folds") if any((f["spread"] or {}).get(kind) for f in families)]
+def shown_spreads(families: Sequence[dict[str, Any]], lead: str, task: str) -> dict[str, str]:
+    """Columns of standard deviations of the leading measure: over what any family was repeated, with their names."""
+    kinds = [kind for kind in ("seeds", "repeats", "folds") if any((f["spread"] or {}).get(kind) for f in families)]
+    return {kind: f"± {title(lead, task)} over {kind}" for kind in kinds}
 
 
 def cost_table(named: Sequence[tuple[str, dict[str, Any]]]) -> list[str]:
@@ -279,11 +290,11 @@ def filters_for(task: str) -> dict[str, Callable[..., Any]]:
     """What the templates call the functions that write a value."""
     return {
         "num": number, "cost": cost_text, "setting": setting_words,
-        "signed": lambda value: "–" if value is None else signed(value).replace("-", "−"),
+        "signed": lambda value: "–" if value is None else signed_text(value),
         "pvalue": lambda value: "–" if value is None else "< 0.001" if value < 0.001 else f"{value:.3f}",
         "count": lambda value: "–" if value is None else f"{value:,.0f}",
         "percent": lambda value: "–" if value is None else f"{100 * value:.3g} %",
-        "plural": lambda count, noun: f"{count or 1:,} {noun}{'' if (count or 1) == 1 else 's'}",
+        "plural": counted,
         "cost_title": lambda key: COSTS[key].column, "count_title": COUNTS.get,
         "title": lambda m: title(m, task), "class_title": lambda m: title(m, "binary") if m in METRICS else m,
         "higher": lambda m: METRICS[m].higher,
@@ -298,9 +309,9 @@ def title_words(record: dict[str, Any], runs: Sequence[Run]) -> str:
 
 def subtitle_words(record: dict[str, Any], runs: Sequence[Run]) -> str:
     classes, positive = record["classes"], f"; positive is {record['positive']}" if record["positive"] else ""
-    noun = "labels" if record["task"] == "multilabel" else "classes"
+    number_of = counted(len(classes), "label") if record["task"] == "multilabel" else f"{len(classes)} classes"
     counts = split_counts(max(runs, key=fraction_of)) or record["n_test"]
-    return f"{record['task']}, {len(classes)} {noun}: {abbreviated(classes, 8)}{positive}. Images: {counts}."
+    return f"{record['task']}, {number_of}: {abbreviated(classes, 8)}{positive}. Images: {counts}."
 
 
 def chosen_words(task: str, runs: Sequence[Run]) -> str:

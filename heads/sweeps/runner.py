@@ -15,7 +15,7 @@ import torch
 
 from featurecache.errors import ProtocolError, Stopped
 from featurecache.files.records import canonical_json
-from featurecache.formatting import duration, work_bar
+from featurecache.formatting import counted, duration, work_bar
 from heads.evaluation.controls import measure_controls
 from heads.evaluation.selection import Row, Selection, family_of, mean_of, select_setting, setting_of
 from heads.models.common import FINETUNE
@@ -67,7 +67,7 @@ class SweepBar:
 
     def _count(self, heads: int) -> None:
         self.done += heads
-        self.bar.set_postfix_str(f"{self.done:,} of {self.heads:,} heads", refresh=False)
+        self.bar.set_postfix_str(f"{self.done:,} of {counted(self.heads, 'head')}", refresh=False)
 
 
 class SweepRunner:
@@ -97,7 +97,8 @@ class SweepRunner:
                 # All that was asked is there: the rows, and what a search went through, are listed by their hashes.
                 seal_folder(self.folder, RECORD, read_sweep_record(self.folder), (ROWS, SEARCH))
             except KeyboardInterrupt as error:
-                safe = f"{len(self.journal.rows):,} heads are safe"
+                done = len(self.journal.rows)
+                safe = f"{counted(done, 'head')} {'is' if done == 1 else 'are'} safe"
                 raise Stopped(f"stopped. {safe}; the same command continues.") from error
 
     def _search(self, family: PlannedFamily) -> None:
@@ -239,12 +240,13 @@ def say_plan(
     for sentence in plan.left_out:
         say(f"left out   {sentence}: they do not fit")
     if plan.matched.left_out:
-        say(f"images     {plan.matched.left_out:,} that not every view holds are left out of all")
+        verb = "is" if plan.matched.left_out == 1 else "are"
+        say(f"images     {plan.matched.left_out:,} that not every view holds {verb} left out of all")
     for line in _split_lines(plan):
         say(line)
     for family in plan.families if whole else ():
-        say(f"family     {family}: {_count(todo[family], 'head')}")
-    already = f"; {there:,} are there already" if there else ""
+        say(f"family     {family}: {counted(todo[family], 'head')}")
+    already = f"; {there:,} {'is' if there == 1 else 'are'} there already" if there else ""
     seconds = seconds_of_a_head(plan, todo)
     say(f"plan       {_work(plan, todo, seconds)}, in {folder}/{already}")
     return todo, seconds
@@ -253,11 +255,11 @@ def say_plan(
 def _work(plan: SweepPlan, todo: dict[PlannedFamily, int], each: dict[PlannedFamily, float]) -> str:
     spec, busy = plan.spec, [family for family in plan.families if todo[family]]
     if spec.trials is not None:
-        heads = _count(spec.seeds * len(spec.resplits), "head")
-        searched = _count(sum(not family.solved for family in plan.families), "family", "families")
-        text = f"{_count(spec.trials, 'trial')} of {heads} each for {searched}"
+        heads, searched = counted(spec.seeds * len(spec.resplits), "head"), sum(not f.solved for f in plan.families)
+        each_for = "1 family" if searched == 1 else f"{searched:,} families"
+        text = f"{counted(spec.trials, 'trial')} of {heads} each for {each_for}"
     else:
-        text = f"{_count(sum(todo.values()), 'head')} in {_count(len(busy) * len(spec.resplits), 'group')}"
+        text = f"{counted(sum(todo.values()), 'head')} in {counted(len(busy) * len(spec.resplits), 'group')}"
     seconds = sum(each[family] * count for family, count in todo.items() if not family.solved)
     return text + (f", about {duration(seconds)} if none stops early" if seconds >= 1 else "")
 
@@ -286,15 +288,12 @@ def _family_line(family: PlannedFamily, choice: Selection, rows: Sequence[Row], 
     ends = {name: f" ({end} tried)" for name, end in choice.ends.items()}
     text = ", ".join(f"{n.replace('_', ' ')} {_value_text(choice.setting[n])}{ends.get(n, '')}" for n in varied)
     among = f", the best of {choice.tried} settings: {text}" if choice.tried > 1 else ""
-    partly = f"; {choice.incomplete} settings with fewer draws or seeds are not compared" if choice.incomplete else ""
+    few, verb = choice.incomplete, "is" if choice.incomplete == 1 else "are"
+    partly = f"; {counted(few, 'setting')} with fewer draws or seeds {verb} not compared" if few else ""
     failed = sum(row["failed"] is not None for row in rows)
-    lost = f"; {failed} of {len(rows)} heads failed" if failed else ""
-    heads = _count(len(choice.rows), "head")
+    lost = f"; {failed} of {counted(len(rows), 'head')} failed" if failed else ""
+    heads = counted(len(choice.rows), "head")
     return f"family     {family}: val {title} {choice.value:.3f}; {heads}{among}{partly}{lost}"
-
-
-def _count(number: int, word: str, several: str | None = None) -> str:
-    return f"{number:,} {word if number == 1 else several or word + 's'}"
 
 
 def _value_text(value: Any) -> str:

@@ -31,7 +31,7 @@ class EpochTable:
         self.best = row if row["best"] else self.best
         if self.network or row["seconds"] >= LONG or time.monotonic() - self.last >= SILENCE:
             if not self.began:
-                self.say(_header(self.settings.select))
+                self.say(_header(self.settings.select, "label" if "val_label_accuracy" in row else "top-1"))
             self.say(_line(row, self.settings))
             self.last, self.began = time.monotonic(), True
         if stop or row["epoch"] >= self.settings.epochs:
@@ -61,9 +61,10 @@ def _summary(row: Row, select: str) -> str:
     return ", ".join(parts)
 
 
-def _header(select: str) -> str:
+def _header(select: str, right: str) -> str:
+    """``right``: what counts as right without a threshold; "accuracy" is the measure at the threshold of val."""
     measure = "" if select == "loss" else f"  {METRICS[select].title:>6}"
-    return f"epochs     train loss   acc  val loss   acc{measure}        lr  patience"
+    return f"epochs     train loss {right}  val loss {right}{measure}        lr  patience"
 
 
 def _line(row: Row, settings: Settings) -> str:

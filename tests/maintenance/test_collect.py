@@ -106,7 +106,7 @@ def test_a_view_of_derived_tokens_needs_nothing_of_the_tokens_and_gc_says_so(tmp
     [
         ("view", "set.h5 has "),
         ("shard", "it was written with"),
-        ("row gone", "4 rows of cls that views name lie in no shard"),
+        ("row gone", "No shard has 4 rows of cls that views name"),
         ("every shard", "no shard of cls in "),
     ],
 )
@@ -225,6 +225,28 @@ def test_from_rm_to_gc_by_the_command_line(tmp_path):
     freed = json.loads(call("gc", "--delete", "--json", *here).stdout)
     assert freed["deleted"] and freed["bytes"] > 0 and list(tmp_path.iterdir()) == []
     assert call("gc", *here).stdout == "every row is named by a view; nothing to free\n"
+
+
+def test_rm_says_what_gc_would_free(tmp_path):
+    view = make_view(tmp_path, range(8))
+    add_view(open_store(view.store), "half", range(4), [CLS])
+    told = call("rm", "half", "--yes", "--cache", tmp_path)
+    assert "remains    its rows: other views name them all\n" in told.stdout and "featurecache ls" in told.stderr
+    add_view(open_store(view.store), "half", range(4), [CLS])
+    size = json.loads(call("rm", "set", "--yes", "--json", "--cache", tmp_path).stdout)["bytes"]
+    assert size == 4 * CLS.row_bytes + 8 * TOKENS.row_bytes
+    (garbage,) = collect(tmp_path).stores
+    assert [rows.rows for rows in garbage.outputs] == [4, 8]
+    assert call("rm", "half", "--yes", "--cache", tmp_path).stdout.endswith(
+        f"remains    {4 * CLS.row_bytes} B that no other view names, until featurecache gc --delete\n"
+    )
+
+
+def test_gc_names_derived_rows_only_where_a_view_keeps_them_alone(tmp_path):
+    store = open_store(make_view(tmp_path, range(8)).store)
+    add_view(store, "half", range(4), [CLS, TOKENS])
+    remove_view("set", tmp_path)
+    assert [rows.derived for rows in collect(tmp_path).stores[0].outputs] == [(), ()]
 
 
 def test_gc_that_leaves_a_store_alone_does_not_end_with_zero(tmp_path):

@@ -191,7 +191,7 @@ def test_a_table_with_paths_is_joined_by_id_and_not_by_order():
     assert [view.classes[k] for k in view.labels] == ["well", "ill", "ill"]
     assert view.splits.tolist() == ["train", "test", "train"] and view.meta["age"].tolist() == [4, 3, 5]
     table.write_text("path,label\na.png,ill\nc.png,well\n")
-    refused(r"1 ids of the features are not in the table of labels: b.png", file, labels="t.csv")
+    refused(r"the table of labels lacks 1 id of the features: b.png", file, labels="t.csv")
 
 
 def test_a_table_without_paths_is_taken_in_order_and_its_only_column_is_the_label():

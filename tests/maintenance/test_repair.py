@@ -147,7 +147,7 @@ def test_dropped_rows_leave_the_view_and_are_listed_there(home: Path, undisturbe
     flip(shard(home), place_of(home, 7))
     (data / ids[2]).unlink()
     code, out, _ = run(home, "repair", "--drop")
-    assert code == 0 and "1 images left the views" in out and "1 rows computed" in out
+    assert code == 0 and "1 image left the views" in out and "1 row computed" in out
     rest, opened = [k for k in range(N) if k != 2], view(home)
     assert opened.ids.tolist() == [ids[k] for k in rest] and torch.equal(opened.tensor("tokens"), tokens[rest])
     assert opened.failed == [{"id": ids[2], "reason": f"{data} has no image of this name any more"}]

@@ -39,7 +39,7 @@ def test_frames_are_images_of_their_own(tmp_path):
         np.testing.assert_array_equal(decode(data.read(row))[0].numpy(), frames[row])
         assert digest(data.read(row)) == digest(raw, row)
     assert len({digest(raw, k) for k in range(12)}) == 12 and digest(raw) == digest(raw, 0) != digest(data.read(12))
-    assert "1 DICOM files hold 12 frames" in " ".join(data.notes)
+    assert "1 DICOM file with 12 frames" in " ".join(data.notes)
     assert data.path(11) == str(tmp_path / "a.dcm")
 
 
@@ -158,8 +158,8 @@ def test_which_window_was_taken_is_said(tmp_path):
     save(tmp_path / "x.dcm", RAMP.astype(np.uint16), BitsStored=12)
     data = open_source(tmp_path)
     notes = " ".join(data.notes)
-    assert "1 DICOM files hold several windows; the first is used." in notes
-    assert "1 DICOM files have no window" in notes
+    assert "1 DICOM file with several windows; the first is used." in notes
+    assert "1 DICOM file without a window" in notes
     assert describe_dataset(data).kinds == {"grey (DICOM)": 1, "12-bit grey (DICOM)": 1}
 
 
@@ -170,7 +170,7 @@ def test_without_pydicom_other_images_are_read_and_one_line_says_what_to_install
     Image.new("L", (4, 4), 7).save(tmp_path / "a.png")
     assert decode(open_source(tmp_path).read(0))[0, 0].tolist() == [7] * 4
     (tmp_path / "b.dcm").write_bytes(b"\0" * 128 + b"DICM")
-    with pytest.raises(SourceError, match=r"1 images of .* are DICOM\. .*pip install 'featurecache\[dicom\]'"):
+    with pytest.raises(SourceError, match=r"has 1 image in DICOM\. .*pip install 'featurecache\[dicom\]'"):
         open_source(tmp_path)
     for ask in (decode, digest, image_header):
         with pytest.raises(UnreadableImage, match="pip install"):
@@ -236,7 +236,7 @@ def test_pages_of_a_stack_are_images_of_their_own_where_all_are_asked_for(tmp_pa
     assert data.ids == ["x/a.tif#frame=0", "x/a.tif#frame=1", "x/a.tif#frame=2", "x/b.tif"]
     assert [digest(data.read(row)) for row in range(3)] == [digest(raw, page) for page in range(3)]
     np.testing.assert_array_equal(decode(data.read(2))[0].numpy(), THREE[2])
-    assert data.groups == [data.ids[0]] * 3 + ["x/b.tif"] and "1 TIFF files hold 3 pages" in " ".join(data.notes)
+    assert data.groups == [data.ids[0]] * 3 + ["x/b.tif"] and "1 TIFF file with 3 pages" in " ".join(data.notes)
     assert reopen(data.source).ids == data.ids
 
 

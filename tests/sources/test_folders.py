@@ -57,7 +57,7 @@ def test_files_that_are_no_images_and_folders_of_systems_are_left_out_and_counte
         (tmp_path / name).write_text("-")
     data = open_source(tmp_path)
     assert data.ids == ["a/1.png", "b/1.PNG"]
-    assert data.notes[0].startswith("4 files are no images by their names and were ignored (.txt 2, ")
+    assert data.notes[0].startswith("4 files ignored, by name no image (.txt 2, ")
     assert "6 folders of systems left out ($RECYCLE.BIN/, .hidden/, @eaDir/, … (6 in all))" in data.understood
 
 

@@ -71,7 +71,7 @@ def test_several_labels_are_one_zero_or_unknown_and_nothing_else():
 def test_uncertain_labels_beside_each_other(uncertain, value):
     labels, _, said = read_columns({"Edema": "1- ", "Mass": "110"}, uncertain=uncertain)
     np.testing.assert_array_equal(labels[:, 0], [1, value, np.nan])
-    assert "-1 (1 cells) is read as" in said and "empty cells of labels (1) are unknown" in said
+    assert "-1 (1 cell) is read as" in said and "empty cells of labels (1) are unknown" in said
 
 
 @pytest.mark.parametrize(("uncertain", "labels"), [(None, [1, 0, -1]), ("zero", [1, 0, 0]), ("one", [1, 0, 1])])

@@ -123,7 +123,7 @@ def test_what_is_not_plain_is_refused_with_what_to_type(folders, words):
 
 @pytest.mark.parametrize("level", [0, 2, 9])
 def test_a_level_that_images_do_not_reach_is_refused(level):
-    with pytest.raises(SourceError, match=rf"--classes-at {level}: \d images of data lie above that level"):
+    with pytest.raises(SourceError, match=rf"--classes-at {level}: \d images? of data above that level"):
         read("a", "b/c", classes_at=level)
 
 

@@ -108,9 +108,7 @@ def test_chexpert(tmp_path, uncertain, value):
     data = open_source(file, columns={"label": "Cardiomegaly,Edema"}, uncertain=uncertain)
     np.testing.assert_array_equal(data.labels, [[np.nan] * 2, [0, np.nan], [value, 1]])
     assert data.groups == ["patient00001", "patient00001", "patient00002"]
-    assert (
-        data.source["uncertain"] == (uncertain or "ignore") and "-1 (1 cells) is read as" in data.source["understood"]
-    )
+    assert data.source["uncertain"] == (uncertain or "ignore") and "-1 (1 cell) is read as" in data.source["understood"]
     reopened(data)
 
 

@@ -53,6 +53,9 @@ def test_a_prefix_without_a_name_is_no_folder(name):
 
 
 def test_near_names_are_each_said_once():
+    assert nearest("compare", ["compact", "merge"]) == nearest("nodir", ["folder"]) == ""
+    assert nearest("act", ["accuracy", "atc"]) == nearest("atc", ["act"]).replace("act", "atc") == " Near: atc."
+    assert nearest("train", ["train-head", "train-baseline"]) == " Near: train-head, train-baseline."
     assert nearest("othre", ["other", "x", "other", "others", "other"]) == " Near: other, others."
 
 

@@ -32,7 +32,7 @@ def test_tiny_imagenet_as_it_is_unpacked_and_nothing_is_moved(tmp_path):
     assert [where[f"val/images/val_{number}.JPEG"] for number in range(5)] == [0, 1, 2, 3, 0]
     assert where["train/n02124075/images/n02124075_1.JPEG"] == 2
     assert data.ids == sorted(data.ids) and data.meta["wnid"][0] == "n01443537"
-    assert data.notes == (f"The 2 images of test have no published labels and were left out: give {root}/test/images.",)
+    assert data.notes == (f"2 images of test left out, without published labels: give {root}/test/images.",)
     assert open_source(root / "test/images").task == "unlabelled"
     assert entries(root) == before
     reopened(data)
@@ -46,7 +46,7 @@ def test_images_of_val_that_are_gone_or_that_the_annotations_do_not_name(tmp_pat
     save_picture(root / "val/images/stray.JPEG", 1)
     data = open_source(root)
     assert (len(data), data.labels[data.ids.index("val/images/stray.JPEG")]) == (21, -1)
-    assert "1 images of val are not in val_annotations.txt" in data.notes[0]
+    assert "1 image of val not in val_annotations.txt" in data.notes[0]
     assert describe_dataset(data).unreadable == [("val/images/val_3.JPEG", "no such file")]
 
 
@@ -68,7 +68,7 @@ def test_val_that_a_script_has_sorted_into_class_folders(tmp_path, inside, annot
     )
     assert one == other and data.classes == plain.classes and not describe_dataset(data).unreadable
     save_picture(root / "val/images/val_0.JPEG", 1)
-    assert "the 1 images of val/images were left out" in " ".join(open_source(root).notes)
+    assert "1 image of val/images left out" in " ".join(open_source(root).notes)
 
 
 def test_tiny_imagenet_without_the_labels_of_val_or_without_val_or_train(tmp_path):
@@ -148,6 +148,6 @@ def test_a_name_that_says_nothing_has_no_kind_and_is_a_group_of_its_own(tmp_path
     data = open_source(chest_xray(tmp_path, [*CHEST, "train/PNEUMONIA/scan.jpeg"]), columns={"label": "kind"})
     row = data.ids.index("train/PNEUMONIA/scan.jpeg")
     assert (data.labels[row], data.groups[row], data.meta["kind"][row]) == (-1, data.ids[row], "")
-    assert any("1 images have other names" in note and "no label" in note for note in data.notes)
+    assert any("1 image with other names" in note and "no label" in note for note in data.notes)
     own = open_source(chest_xray(tmp_path / "own", ["NORMAL/a.png", "PNEUMONIA/b.png"]))
     assert (own.source["kind"], own.groups) == ("folder", None)

@@ -6,6 +6,7 @@ from featurecache.errors import SourceError
 from featurecache.sources.vocabulary import (
     in_order,
     is_missing,
+    near_names,
     one_spelling,
     spelling_key,
     split_name,
@@ -57,6 +58,31 @@ def test_unicode_forms_and_spaces_are_spellings() -> None:
     assert set(names.values()) == {"\u00dcbung", "oak"}
     assert notes[0] == "'U\\u0308bung' and '\\xdcbung' are spellings of one class, \u00dcbung."
     assert spelling_key("a  b") == spelling_key("A b ") != spelling_key("ab")
+
+
+def test_a_rare_class_that_is_called_nearly_like_another_is_asked_about() -> None:
+    counts = {"normal": 30, "pneumonia": 1200, "pnuemonia": 1}
+    way = "If they are one, rename it in the data"
+    merged = "or train with --classes pneumonia=pneumonia,pnuemonia --classes normal"
+    assert near_names(counts) == [f"class pnuemonia has 1 image. Near: pneumonia (1,200). {way}, {merged}"]
+    assert near_names(counts, several=True)[0].endswith(way)
+    assert near_names({"a, viral": 9, "a, virol": 2})[0].endswith(way)  # --classes cannot name it
+    assert near_names(counts | {"pnuemonia": 3}) == []
+    assert near_names(counts | {f"person {k}": 1 for k in range(20)}) == []  # classes of one image are usual here
+
+
+@pytest.mark.parametrize(
+    ("name", "other", "near"),
+    [
+        ("maligant", "malignant", True), ("tumors", "Tumor", True), ("lung cancer", "lung_cancer", True),
+        ("viral pnuemonia", "viral pneumonia", True), ("grade 1", "grade1", True), ("grade1", "grade2", False),
+        ("stage 1", "stage 2", False), ("stage I", "stage II", False), ("type a", "type b", False),
+        ("cat", "cap", False), ("abnormal", "normal", False), ("atypical", "typical", False), ("oak", "Oak", False),
+        ("hyperplasia", "hypoplasia", False), ("10001", "10002", False), ("lung", "liver", False),
+    ],
+)  # fmt: skip
+def test_which_names_are_near(name: str, other: str, near: bool) -> None:
+    assert bool(near_names({name: 1, other: 9})) == near
 
 
 def test_numbers_are_in_the_order_of_numbers() -> None:

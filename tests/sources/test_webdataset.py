@@ -181,8 +181,8 @@ def test_what_is_no_sample_is_counted_and_what_has_no_label_said(tmp_path):
     data = open_source(tar(tmp_path / "a.tar", *members))
     assert data.ids == ["a.tar:a", "a.tar:b"]
     assert data.notes == (
-        "1 samples hold no image and were left out.",
-        "2 entries of the tars are no images or labels and were ignored (.npy 1, no extension 1).",
+        "1 sample without an image left out.",
+        "Ignored in the tars, neither image nor label: 2 (.npy 1, no extension 1).",
     )
     refused(tar(tmp_path / "b.tar", ("a.txt", b"-")), "no images in", ".txt 1")
     data = open_source(tar(tmp_path / "a.tar", ("a.png", encoded(0)), ("b.png", b"no png")))
@@ -357,7 +357,7 @@ def test_pages_of_stacks_in_tars_are_images_as_in_files(tmp_path):
     assert every.ids == [*(f"scans.tar:p1#frame={page}" for page in range(3)), "scans.tar:p2"]
     assert (every.labels.tolist(), third.ids[0]) == ([0, 0, 0, 1], "scans.tar:p1#frame=2")
     assert every.groups == [*["scans.tar:p1#frame=0"] * 3, "scans.tar:p2"]
-    assert "1 TIFF files hold 3 pages, each an image (#frame=0, #frame=1, …)." in every.notes
+    assert "1 TIFF file with 3 pages, each an image (#frame=0, #frame=1, …)." in every.notes
     (tmp_path / "file").mkdir()
     (tmp_path / "file/p1.tif").write_bytes(stack.getvalue())
     alone = open_source(tmp_path / "file", page="all")

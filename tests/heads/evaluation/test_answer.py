@@ -78,6 +78,10 @@ CASES = {
                controls=[{"name": "pixels", "test": {"auroc": 0.875}}]),
         "a: AUROC 0.900 [0.850, 0.950] on 624 test images of 40 groups; without a backbone: pixels 0.875.",
     ),
+    "one image": (
+        record(None, {"a": (0.9, None)}, clusters={"unit": "group", "n": 1}, n_test=1),
+        "a: AUROC 0.900 [0.850, 0.950] on 1 test image of 1 group.",
+    ),
     "labels": (
         record("a", {"a": (0.9, None), "b": (0.8, difference(-0.05))}, task="multilabel"),
         "a is better than b by 0.050 [0.020, 0.080] macro AUROC on 624 test images.",

@@ -21,7 +21,7 @@ from featurecache.errors import BadOption, NotInCache
 from featurecache.extraction import canary
 from featurecache.images.preprocessing import Preprocess
 from heads.explanations.contributions import mean_training_token, token_map
-from heads.explanations.explain import ExplainResult, _panel
+from heads.explanations.explain import ExplainResult, _panel, explanations_table
 from heads.explanations.explainer import Explainer, SourceImages, read_source_image, visible_box
 from heads.explanations.maps import Panel, draw_maps, rgba
 from heads.reports.gallery import ImageLoader
@@ -157,9 +157,23 @@ def test_the_command_shows_a_line_for_each_map(planted, tmp_path):
     words = ("explain", "--run", planted[2]["large"].path, "--out", tmp_path / "maps", planted[1].ids[0])
     result = call(*words)
     assert result.exit_code == 0, result.output
-    assert "contribution: replacement" in result.output and "1 PNG files" in result.output
+    assert "contribution: replacement" in result.output and "1 PNG file, " in result.output
     found = json.loads(call(*words, "--json").stdout)
     assert found["maps"][0]["kind"] == "contribution" and Path(found["files"][0]).is_file()
+
+
+def test_a_margin_that_rounds_to_nothing_has_no_sign_and_a_small_one_its_digits():
+    record = {"image": "a.png", "kind": "contribution", "map_of": "mean", "run": "r", "class": "ill", "grid": [2, 2]}
+    record |= {"margin": -0.0031, "likeness_to_control": -0.0002, "peak": [0, 1], "beside": {"b": -1e-9}}
+    words = explanations_table([record]).split()[-8:]
+    assert words == ["-0.003", "row", "1/2,", "column", "2/2", "b", "0.000", "0.000"]
+
+
+def test_of_a_sweep_the_head_that_it_chose_is_explained(planted, tmp_path):
+    sweep = heads.ablate(planted[1], "large", epochs=1, out=tmp_path / "sweep", controls=False)
+    result = call("explain", "--run", tmp_path / "sweep", "--out", tmp_path / "maps", planted[1].ids[0])
+    assert result.exit_code == 0, result.output
+    assert f"run        {sweep.best.path}   (the choice of the sweep {tmp_path / 'sweep'})" in result.stderr
 
 
 @pytest.mark.slow

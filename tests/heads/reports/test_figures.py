@@ -122,6 +122,7 @@ def test_a_run_shows_train_and_val_by_epoch_and_several_runs_share_axes(tmp_path
     titles = [figure.title for figure in figures.training_figures(runs[:1])]
     assert titles == ["Training: loss", "Training: accuracy", "Training: AUROC on val"]
     assert figures.training_figures(runs[:1])[-1].caption == "Chosen from epoch 2 on: before, the weights still move."
+    assert "in the tables accuracy is at the threshold" in figures.training_figures(runs[:1])[1].caption
     stopping, _ = train(view, tmp_path / "stopping", patience=5)
     assert figures.training_figures([stopping])[-1].caption == ""
     both = side_by_side.overlaid_curves({"slow": runs[0], "quick": runs[1]}, "Loss", "loss", "loss")

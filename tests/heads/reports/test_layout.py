@@ -27,7 +27,7 @@ def swept(tmp_path_factory):
         where.mkdir(parents=True, exist_ok=True)
         pixels = rng.integers(0, 200, (240, 300), dtype=np.uint8) // (1 + i // 3 % 2)
         Image.fromarray(pixels).save(where / f"{i}.png")
-    ablate(untrained_view(folder / "data", folder), NAMES, epochs=3, out=folder / "runs", controls=True)
+    ablate(untrained_view(folder / "data", folder), NAMES, epochs=3, seeds=2, out=folder / "runs", controls=True)
     path = heads.report(folder / "runs", resamples=50).path
     return path, path.read_text("utf-8")
 
@@ -111,6 +111,30 @@ def test_in_a_browser_long_names_make_no_table_scroll_and_leave_room_for_the_plo
     assert tab.evaluate("document.querySelector('.forest td.plot').getBoundingClientRect().width") > 0.25 * width
     assert tab.evaluate(WIDE) == 0 and tab.evaluate("document.documentElement.scrollWidth") <= width
     assert tab.evaluate(SIDEWAYS) == []
+
+
+BROKEN = """[...document.querySelectorAll('th, h2, h3, h4')].filter(e => e.checkVisibility()).flatMap(e => {
+  const broken = [], texts = document.createTreeWalker(e, NodeFilter.SHOW_TEXT), range = document.createRange();
+  for (let text; (text = texts.nextNode()); ) for (const word of text.data.matchAll(/[^\\s/-]+/g)) {
+    range.setStart(text, word.index); range.setEnd(text, word.index + word[0].length);
+    if (new Set([...range.getClientRects()].map(r => r.top)).size > 1) broken.push(word[0]);
+  }
+  return broken;
+})"""
+
+
+@pytest.mark.parametrize("width", [1280, 768, 400, 320])
+def test_in_a_browser_no_heading_breaks_inside_a_word(swept, opened, width):
+    tab = opened(swept[0], width)
+    tab.evaluate("document.querySelectorAll('details').forEach(d => d.open = true)")
+    assert tab.evaluate(BROKEN) == []
+
+
+@pytest.mark.parametrize("width", [1280, 400])
+def test_in_a_browser_what_heads_are_against_the_reference_is_seen(swept, opened, width):
+    words = "[...document.querySelectorAll('.forest .words')].filter(e => e.checkVisibility()).map(e => e.innerText)"
+    header, *rows = opened(swept[0], width).evaluate(words)
+    assert header.startswith("against ") and sorted(rows)[-1] == "the reference" and len(rows) == len(NAMES)
 
 
 def test_in_a_browser_of_a_phone_costs_stand_below_each_other(swept, opened):

@@ -28,6 +28,7 @@ from heads.evaluation.comparison import compare
 from heads.evaluation.families import families_of
 from heads.reports import gallery, page
 from heads.reports.gallery import ImageLoader
+from heads.reports.text import how_made, lab_table
 
 EVIL = "</script><img src=x onerror=alert(1)>"
 
@@ -142,7 +143,30 @@ def test_the_leaderboard_holds_the_numbers_of_the_record_in_the_order_of_val(lab
     ordered = sorted(record["families"], key=lambda f: (-f["val"]["auroc"], f["val"]["nll"]))
     assert [row[0] for row in shown] == [family["name"] for family in ordered]
     for row, family in zip(shown, ordered, strict=True):
-        assert float(row[1]) == family["test"]["auroc"]["value"] and float(row[2]) == family["val"]["auroc"]
+        assert float(row[1]) == family["test"]["auroc"]["value"] and float(row[3]) == family["val"]["auroc"]
+
+
+def test_a_spread_stands_behind_the_test_that_it_is_of_and_is_named_after_it(lab):
+    text, record = read(lab[0]), lab[1]
+    header = text[text.index('aria-label="Leaderboard"><thead>') :].split("</thead>")[0]
+    names = re.findall(r"<th [^>]*>([^<]*)</th>", header)
+    assert names[:4] == ["head", "test AUROC", "± AUROC over seeds", "val AUROC"]
+    assert "  test AUROC  ± AUROC over seeds  " in re.sub(" {3,}", "  ", lab_table(record).splitlines()[0])
+    shown = {row[0]: row[2] for row in cells(text, "Leaderboard") if row and not row[0].replace(".", "").isdecimal()}
+    spreads = {f["name"]: (f["spread"]["seeds"] or {}).get("auroc") for f in record["families"]}
+    assert shown == {name: "" if value is None else str(value) for name, value in spreads.items()}
+    assert any(shown.values())
+
+
+def test_the_line_about_intervals_counts_the_images_of_each_table():
+    """Of `evaluate`: the own test and the other view beside it."""
+    own, other = ({"auroc": {"method": method}} for method in ("cluster bootstrap", "bootstrap"))
+    family = {"test": own, "external": [{"view": "there", "n": 1, "test": other}]}
+    record = {"n_test": 200, "clusters": {"unit": "group", "n": 40}, "families": [family]}
+    first = "on 40 groups (200 images): a stratified bootstrap of whole clusters]"
+    assert how_made(record) == f"[95 % intervals {first}"
+    there = "[95 % intervals of there on 1 image: a stratified bootstrap]"
+    assert how_made(record, "there") == f"[95 % intervals of the own test {first}\n{there}"
 
 
 def csv_rows(file: Path) -> list[dict[str, str]]:
@@ -349,13 +373,13 @@ def test_in_a_browser_every_column_of_every_table_sorts_both_ways(lab, opened):
 
 def test_in_a_browser_the_keyboard_sorts_and_controls_stay_on_top(lab, opened):
     tab = opened(lab[0].path)
-    button = tab.locator("table.board thead th").nth(2).locator("button")
+    button = tab.locator("table.board thead th").nth(1).locator("button")
     button.focus()
-    values = f"({VALUES})(document.querySelector('table.sortable'))(2)"
+    values = f"({VALUES})(document.querySelector('table.sortable'))(1)"
     before = tab.evaluate(values)
     tab.keyboard.press("Enter")
     tab.keyboard.press("Space")
-    assert tab.locator("table.board thead th").nth(2).get_attribute("aria-sort") == "ascending"
+    assert tab.locator("table.board thead th").nth(1).get_attribute("aria-sort") == "ascending"
     assert tab.evaluate(values) == sorted(before, key=float)
     assert tab.locator("table.board tbody").first.locator("tr.control").count() == 3
 

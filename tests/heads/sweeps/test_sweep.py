@@ -128,6 +128,16 @@ def test_settings_with_fewer_seeds_are_no_candidates():
     assert lr_of(family) == 1e-4 and "3 settings with fewer draws or seeds are not compared" in lines[-1]
 
 
+def test_one_of_a_thing_is_no_plural():
+    lines = []
+    sweep(view_of(), lr="1e-4", say=lines.append)
+    sweep(view_of(), lr="1e-4,1e-3", seeds=2, say=lines.append)
+    assert [line for line in lines if "1 head in 1 group" in line] and "; 1 is there already" in "".join(lines)
+    sweep(view_of(), lr="1e-2", say=lines.append)
+    sweep(view_of(), lr="1e-4,1e-3", seeds=2, say=lines.append)
+    assert "1 setting with fewer draws or seeds is not compared" in lines[-1]
+
+
 def test_a_dry_run_says_the_plan_and_writes_nothing():
     lines = []
     assert sweep(view_of(), "linear,large", seeds=3, lr="1e-3,1e-2", dry_run=True, say=lines.append) is None

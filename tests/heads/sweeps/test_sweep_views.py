@@ -22,6 +22,8 @@ def test_another_backbone_on_the_same_images_joins_a_sweep():
 def test_views_in_other_orders_that_lack_images_are_divided_alike():
     whole, lines, names = view_of(groups=[f"patient {i // 3}" for i in range(150)]), [], {}
     views = [rows_of(whole, range(150), failed=(40,)), other_view(whole, SHUFFLED, failed=(3, 77))]
+    sweep([whole, other_view(whole, failed=(7,))], dry_run=True, say=lines.append)
+    assert "images     1 that not every view holds is left out of all" in lines
     result = sweep(views, lr="1e-3,1e-1", fractions="0.4,1", repeats=2, say=lines.append)
     assert "images     3 that not every view holds are left out of all" in lines
     assert {family.view for family in result.families} == {"vit-toy/toy", "resnet-toy/toy"}

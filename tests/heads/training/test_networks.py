@@ -167,7 +167,7 @@ def test_a_sweep_stopped_within_a_network_goes_on_in_it_to_the_same_bytes(tmp_pa
             raise KeyboardInterrupt
 
     monkeypatch.setattr(Checkpoint, "save", stopping)
-    with pytest.raises(Stopped, match="1 heads are safe"):
+    with pytest.raises(Stopped, match="1 head is safe"):
         heads.ablate(None, "cnn-cifar", out=tmp_path / "parts", **asked)
     again = heads.ablate(None, "cnn-cifar", out=tmp_path / "parts", **asked)
     assert saved == [1, 2, 3, 1, 2, 3]

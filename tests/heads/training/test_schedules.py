@@ -116,7 +116,7 @@ def test_epochs_of_networks_and_long_ones_have_a_line_each_quick_ones_one_togeth
         assert lines == [together]
         return
     assert [line.replace(f"{seconds} s", "2.0 s") for line in lines] == [
-        "epochs     train loss   acc  val loss   acc   AUROC        lr  patience",
+        "epochs     train loss top-1  val loss top-1   AUROC        lr  patience",
         "epoch  1        0.500 0.700     0.400 0.800   0.900     0.001  best      2.0 s",
         "epoch  2        0.500 0.700     0.400 0.800   0.900     0.001  1 of 2    2.0 s",
         "epoch  3        0.500 0.700     0.400 0.800   0.900     0.001  2 of 2    2.0 s",
