@@ -210,7 +210,7 @@ def _info_all(talk: Console) -> None:
 
 @command
 @argument("view", required=False, metavar="[VIEW]")
-@option("--run", metavar="DIR", help="Look at the splits that this run drew.")
+@option("--run", metavar="DIR", help="Look at the splits that this run drew, or a sweep's choice.")
 @option("--splits", metavar="FILE", help="Look at the splits of a splits.csv.")
 @option("--output", metavar="NAME", help="Vectors that are compared. [default: cls, else pooler, gap, mean]")
 @option("--threshold", default=0.99, metavar="X", help="Cosine (features centred) of near-duplicates.")
@@ -258,9 +258,9 @@ def _splits_to_look_at(
     if run and splits:
         raise BadOption("--run and --splits both say which splits; give one of them.")
     if run:
-        from heads.runs.run import is_pixels, load_run
+        from heads.runs.run import is_pixels
 
-        loaded = load_run(run)
+        loaded = train.open_chosen(talk, run, trust_code=False)
         view = view or (None if is_pixels(loaded) else loaded.config["view"]["path"])
         splits = str(loaded.path / "splits.csv")
     opened = extract.open_features(talk, view, cache, "a name chooses")

@@ -171,6 +171,22 @@ def nearest(word: str, names: Iterable[str]) -> str:
     return f" Near: {', '.join(near[:3])}." if near else ""
 
 
+def plain_value(option: str, value: Any, kind: str) -> Any:
+    """``value`` of an option as Python's own number, word or list, where it is one of numpy's too. ``kind``: its
+    annotation, such as "int | None". Raises BadOption for another kind of number, or what is none."""
+    value = value.tolist() if hasattr(value, "tolist") else value
+    name, _, none = kind.partition(" | ")
+    kinds: dict[str, tuple[Any, str]] = {
+        "int": (int, "a whole number"), "float": ((int, float), "a number"), "bool": (bool, "True or False"),
+    }  # fmt: skip
+    if name not in kinds or (value is None and none):
+        return value
+    types, words = kinds[name]
+    if not isinstance(value, types) or isinstance(value, bool) != (name == "bool"):  # True is an int to Python
+        raise BadOption(f"{option} is {value!r}; it must be {words}.")
+    return value
+
+
 def first_line(error: BaseException) -> str:
     """``ValueError: what it says``, of a stranger's error whose message may have many lines."""
     message = (str(error).strip().splitlines() or [""])[0][:300]

@@ -57,7 +57,7 @@ def signed(value: float) -> str:
 
 def exact_number(value: float) -> str:
     """The shortest text that reads back as this very number, as a command has to: 0.001, 1e-05, 12, 1234567."""
-    return text if float(text := f"{value:g}") == value else str(value)
+    return text if float(text := f"{value:g}") == value else str(value).removesuffix(".0")
 
 
 def counted(n: int, noun: str) -> str:
@@ -235,13 +235,15 @@ def first_of(rows: Sequence[Sequence[str]], more: str = "more") -> list[str]:
 def join_names(names: Sequence[str]) -> str:
     """Names as an option takes several, ``a,b``; one with a comma or a quote in it stands in quotes, as in a CSV."""
     line = io.StringIO()
-    csv.writer(line, lineterminator="").writerow(names)
-    return line.getvalue()
+    csv.writer(line).writerow(names)  # whose line end, "\r\n", is what else it quotes
+    return line.getvalue().removesuffix("\r\n")
 
 
 def names_in(text: str) -> list[str]:
     """The names of `join_names` again; spaces around them do not count."""
-    return [name.strip() for name in next(csv.reader([text], skipinitialspace=True), [])]
+    with contextlib.suppress(csv.Error):  # a line break outside quotes: no list
+        return [name.strip() for name in next(csv.reader([text], skipinitialspace=True), [])]
+    return [text]
 
 
 def abbreviated(words: Iterable[Any], most: int = 5) -> str:

@@ -48,7 +48,7 @@ if TYPE_CHECKING:
 @takes(HeadOptions)
 @exact_arithmetic()
 def train_head(
-    view: FeatureView | str | Path, head: str, *, splits: str | Path | None = None,
+    view: FeatureView | str | Path | None, head: str, *, splits: str | Path | None = None,
     classes: Sequence[str] | None = None, only: Sequence[str] | str | None = None, out: str | Path | None = None,
     overwrite: bool = False, controls: bool | None = None, report: bool = True, images: bool = True,
     hash_ids: bool = False, say: Say | None = None, progress: bool = False, **options: Unpack[HeadOptions],
@@ -177,8 +177,13 @@ def _chosen_heads(path: str | Path, damaged: bool = False) -> Sweep:
         name, why = next(iter(sweep.damaged.items()))
         raise RunError(f"{name} of the sweep {sweep.path}: {why} In a sweep the same ablate command does, too.")
     if not sweep.families:
-        raise RunError(f"No head of the sweep {path} is finished and chosen yet; the same ablate command goes on.")
+        raise RunError(f"No head of the sweep {path} is chosen: {_reasons(sweep)}.")
     return sweep
+
+
+def _reasons(sweep: Sweep) -> str:
+    reasons = [f"{name}: {why}" for name, why in (sweep.unfinished | sweep.damaged).items()]
+    return abbreviated(reasons or ["none is trained yet"], 4)
 
 
 @takes(SweepOptions)
@@ -197,7 +202,7 @@ def ablate(
     report will compare with; refused now where nothing will be called so. ``dry_run``: say the plan, train and write
     nothing, return None. Raises BadOption, NotInCache, ProtocolError and RunError before anything is trained.
     """
-    say = say or (lambda line: None)
+    say, heads = say or (lambda line: None), heads if isinstance(heads, str) else list(heads)
     settings: dict[str, Any] = {**options, "device": _device(heads, options.get("device"))}
     spec = SweepSpec.of(heads, **settings)
     if spec.search:
@@ -207,8 +212,8 @@ def ablate(
     plan = plan_sweep(views, spec, ram)
     if spec.search:
         check_search(plan)
-    _check_reference(reference, plan)
     folder = open_sweep(out, plan)
+    _check_reference(reference, plan)
     if dry_run:
         say_plan(plan, folder, read_journal(folder / ROWS)[0], say, whole=True)
         return None
@@ -217,7 +222,7 @@ def ablate(
         SweepRunner(plan, folder, controls, say, progress).run()
     sweep = load_sweep(folder)
     if not sweep.families:
-        raise ProtocolError(f"No setting of any head worked on every draw; {folder / ROWS} says why of each.")
+        raise ProtocolError(f"No head of {folder} is chosen: {_reasons(sweep)}. {folder / ROWS} has a line of each.")
     return sweep
 
 
@@ -285,16 +290,17 @@ def _device(heads: str | Sequence[str], device: str | None) -> str | None:
 
 @exact_arithmetic()
 def report(
-    paths: str | Path | Sequence[str | Path], *, out: str | Path | None = None, reference: str | None = None,
-    by: str | None = None, prevalence: float | None = None, show_test: str = "chosen", images: bool = True,
-    hash_ids: bool = False, resamples: int = 2000,
+    paths: Run | str | Path | Sequence[Run | str | Path], *, out: str | Path | None = None,
+    reference: str | None = None, by: str | None = None, prevalence: float | None = None, show_test: str = "chosen",
+    images: bool = True, hash_ids: bool = False, resamples: int = 2000,
 ) -> WrittenReport:  # fmt: skip
-    """The report of run folders and sweep folders, side by side; the options are those of ``featurecache report``.
+    """The report of runs or run folders and sweep folders, side by side; the options: those of ``featurecache report``.
 
     ``out``: by default the folder itself where it is one, else ``report-<n>`` beside the first. Raises RunError for
     what is no run and no sweep, BadOption where they do not compare, CannotWrite.
     """
-    folders = [Path(path) for path in ([paths] if isinstance(paths, str | Path) else paths)]
+    named = [paths] if isinstance(paths, Run | str | Path) else paths
+    folders = [each.path if isinstance(each, Run) else Path(each) for each in named]
     if not folders:
         raise BadOption("report needs a run folder or a sweep folder, such as runs/chest-large-1.")
     left_out: list[str] = []
@@ -308,8 +314,9 @@ def report(
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise CannotWrite(error.errno, f"No report can be written in {folder}: {error.strerror}.") from error
-    named = list(map(str, folders))
-    written = write_report(folder, families, comparison, images=images, hash_ids=hash_ids, paths=named)
+    written = write_report(
+        folder, families, comparison, images=images, hash_ids=hash_ids, paths=list(map(str, folders))
+    )
     return dataclasses.replace(written, left_out=tuple(left_out))
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
@@ -22,8 +22,10 @@ from featurecache.formatting import abbreviated, aligned, counted, one_line, wit
 from featurecache.images.decoding import digest, image_header
 from featurecache.images.headers import read_by
 from featurecache.sources.summary import LOOKED_AT, dark_pixels
+from featurecache.sources.vocabulary import spelling_key
 from featurecache.store.remote_cache import local_place
 from heads.evaluation.external import overlap
+from heads.evaluation.subgroups import cell_text
 from heads.metrics.calibration import predict_labels, probabilities
 from heads.pixel_view import resize_all
 from heads.runs.run import Run, is_pixels, preprocess_of
@@ -83,7 +85,10 @@ def predict_images(
         unread = f"; {failed:,} could not be read" if failed else ""
         say(f"predicted  {counted(len(records) - failed, 'image')}{unread}")
         if found := accuracy_of(records):
-            say(f"accuracy   {found[0]:.3f} of {counted(found[1], 'image')} whose class is known by folder or table")
+            other = len(records) - failed - found[1]
+            rest = f"; {counted(other, 'other')} called as none of its classes" if other else ""
+            known = f"{counted(found[1], 'image')} whose class is known by folder or table"
+            say(f"accuracy   {found[0]:.3f} of {known}{rest}")
             for note in overlap(run, measured):
                 say(f"warning    {note}")
     return records
@@ -119,7 +124,8 @@ def images_of(images: Image | Iterable[Image]) -> list[Image]:
     if isinstance(images, np.ndarray) and images.ndim == 4:
         return list(images)
     one = isinstance(images, str | os.PathLike | bytes | np.ndarray) or is_pil(images)
-    if not one and not isinstance(images, Iterable):
+    table = isinstance(images, Mapping) or hasattr(images, "columns")  # which would give the names of its columns
+    if not one and (table or not isinstance(images, Iterable)):
         raise BadOption(f"the images are {type(images).__name__}; {_EXPECTED}.")
     return [images] if one else list(images)
 
@@ -179,14 +185,9 @@ def _words(dataset: Dataset, column: str | None) -> list[tuple[str, ...]]:
         return [tuple(name.split("/")[:-1]) for name in dataset.ids]
     if kind == "table":
         names = [column] if column is not None else role_columns("label", dataset.meta)
-        return [tuple(_text(dataset.meta[name][row]) for name in names) for row in range(len(dataset))]
+        return [tuple(cell_text(dataset.meta[name][row]) for name in names) for row in range(len(dataset))]
     single = dataset.labels.ndim == 1
     return [(dataset.classes[k],) if single and k >= 0 else () for k in dataset.labels.tolist()]
-
-
-def _text(cell: Any) -> str:
-    """A cell as a class is called: 1.0 is 1."""
-    return f"{cell:g}" if isinstance(cell, float) else str(cell)
 
 
 def _read(reader: Callable[[], EncodedImage]) -> EncodedImage | str:
@@ -220,8 +221,9 @@ def in_parts(images: Iterable[Any], size_of: Callable[[Any], int], most: tuple[i
 
 def _predict_part(run: Run, part: list[NewImage], device: str, weights: str | None) -> list[dict[str, Any]]:
     records: list[dict[str, Any]] = []
+    called = _spellings(run.classes) if run.task != "multilabel" else {}
     for name, data, words in part:
-        labels = set(words) & set(run.classes) if run.task != "multilabel" else set()
+        labels = {called[key] for word in words if (key := word if word in called else spelling_key(word)) in called}
         label = {"label": labels.pop()} if len(labels) == 1 else {}
         records.append({"image": name, **label, **({"error": data} if isinstance(data, str) else {})})
     readable = [(record, each.data) for record, each in zip(records, part, strict=True) if "error" not in record]
@@ -239,6 +241,13 @@ def _predict_part(run: Run, part: list[NewImage], device: str, weights: str | No
     for place, (record, _) in enumerate(readable):
         record.update({"error": reasons[place]} if place in reasons else next(computed))
     return records
+
+
+def _spellings(classes: Sequence[str]) -> dict[str, str]:
+    """Class by what it may be called: its name, and any spelling that is no other's."""
+    keys = [spelling_key(name) for name in classes]
+    own = {key: name for key, name in zip(keys, classes, strict=True) if keys.count(key) == 1}
+    return own | {name: name for name in classes}
 
 
 def _features(run: Run, images: list[Any], device: str, weights: str | None) -> tuple[torch.Tensor, dict[int, str]]:

@@ -14,7 +14,7 @@ from dataclasses import Field, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypedDict, TypeVar
 
-from featurecache.errors import BadOption, nearest
+from featurecache.errors import BadOption, nearest, plain_value
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -167,10 +167,10 @@ class Settings:
         """From options as people and the command line give them."""
         if unknown := options.keys() - TABLE.keys():
             raise BadOption(f"{', '.join(sorted(unknown))}: no such option of training a head.")
-        names = (only,) if isinstance(only, str) else tuple(only or ())
-        return cls(
-            head, splits=None if splits is None else str(splits), classes=tuple(classes or ()), only=names, **options
-        )
+        names = (only,) if isinstance(only, str) else () if only is None else tuple(only)
+        own = {name: plain_value(name, value, "") for name, value in options.items()}
+        kept = () if classes is None else tuple(classes)
+        return cls(head, splits=None if splits is None else str(splits), classes=kept, only=names, **own)
 
     def balanced(self, multilabel: bool) -> bool:
         """Whether batches draw their classes equally."""
@@ -313,8 +313,9 @@ def _augmentation(text: str) -> str | None:
 
 
 def _check_value(option: Field[Any], value: Any) -> None:
-    """Raises BadOption where a value is none of the words, or outside the interval, of the table."""
-    values = option.metadata["values"]
+    """Raises BadOption where a value is of another type than the field, none of the words, or outside the interval, of
+    the table."""
+    values, value = option.metadata["values"], plain_value(flag(option.name), value, str(option.type))
     if values is None or value is None:
         return
     if isinstance(values, tuple):

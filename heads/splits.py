@@ -20,7 +20,8 @@ import numpy as np
 from featurecache.errors import BadOption, ProtocolError
 from featurecache.files.delimited import read_delimited
 from featurecache.files.records import check_part_of_a_run
-from featurecache.formatting import abbreviated, cell, counted, shell_word, text_of
+from featurecache.formatting import abbreviated, cell, counted, shell_words, text_of
+from featurecache.store.store import cache_words
 from heads.settings import SPLITS, Settings
 from heads.stratify import nested_fraction, stratified_parts
 from heads.task import FeatureView, Leak, Task, clusters_of, is_labelled, plain_rows
@@ -82,7 +83,8 @@ def choose_splits(view: FeatureView, task: Task, settings: Settings) -> Splits:
     _check(names, task, drawn, warnings, dropped)
     leaks = tuple(Leak(leak.kind, leak.splits, leak.count) for leak in exact_leaks(view, names))  # no near-duplicates
     if leaks:
-        where = f"featurecache leaks {shell_word(view.label)}; " if file is None else ""
+        words = [] if file or view.spec.get("kind") == "pixels" else [view.label, *cache_words(view.path.parent.parent)]
+        where = f"featurecache leaks {shell_words(words)}; " if words else ""
         warnings.append(f"{leaks_sentence(leaks)} ({where}--drop-leaks trains without them)")
     return Splits(names, how, drawn, warnings, leaks, dropped, fraction, fold)
 

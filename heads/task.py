@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from featurecache.errors import BadOption, ProtocolError, nearest
-from featurecache.formatting import abbreviated
+from featurecache.formatting import abbreviated, join_names, names_in
 from heads.stratify import connected_units
 
 if TYPE_CHECKING:
@@ -184,7 +184,8 @@ def _merge_classes(classes: Sequence[str], names: list[str]) -> list[tuple[str, 
     group_of: dict[str, str] = {}
     for text in classes:
         name, _, members = (text, "", "") if text in names else text.partition("=")
-        group = _class_names([members or name], names, "--classes")
+        option = f"--classes {text} (NAME ends at the first =)" if "=" in members else "--classes"
+        group = _class_names([members or name], names, option)
         for member in group:
             if member in group_of:
                 raise BadOption(f"--classes puts {member} into {group_of[member]} and into {name}; one of them.")
@@ -196,16 +197,15 @@ def _merge_classes(classes: Sequence[str], names: list[str]) -> list[tuple[str, 
 
 
 def _class_names(texts: Sequence[str], names: list[str], option: str) -> list[str]:
-    """Class names out of ``a,b`` or a list; a name that itself holds a comma is taken whole."""
+    """Class names out of ``a,b`` or a list; one that itself holds a comma is taken whole where it stands alone, and
+    stands among others in quotes."""
     selected: list[str] = []
     for text in texts:
-        selected += [text] if text in names else [part.strip() for part in text.split(",")]
-    for name in selected:
-        if name not in names:
-            raise BadOption(
-                f"{option}: no class is called {name!r}.{nearest(name, names)} "
-                f"The classes are {abbreviated(names, 12)}."
-            )
+        parts = [text] if text in names else names_in(text) or [text]
+        if parts == [text] and text not in names:
+            there = abbreviated([join_names([name]) for name in names], 12)  # as they are typed
+            raise BadOption(f"{option}: no class is called {text!r}.{nearest(text, names)} The classes are {there}.")
+        selected += parts if parts == [text] else _class_names(parts, names, option)
     return selected
 
 

@@ -35,7 +35,7 @@ LAYERS = (  # from the lowest to the highest; what stands in one tuple does not 
 )
 LEVEL = {room: level for level, rooms in enumerate(LAYERS) for room in rooms}
 PUBLIC = ("featurecache", "heads")  # the two lazy tables: names of everything, imported when first used
-MODULES, LINES, MODULE_LINES = 178, 41_460, 400  # a change that makes them more says why
+MODULES, LINES, MODULE_LINES = 178, 41_705, 400  # a change that makes them more says why
 SAME_NAME = {"load", "main"}  # what a module calls its entry
 
 

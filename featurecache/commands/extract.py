@@ -185,12 +185,13 @@ def _warnings(data: dict[str, Any]) -> list[str]:
         few = [f"{counted(n, 'image')} of {name}" for n, name in counts]
         words = f"val has {abbreviated(few, 4)}: too few to choose a model; train-head --resplit-val draws val anew"
         warnings = [words] * bool(few) + warnings
-    if duplicates := data["duplicates"]:
-        for pair, n in duplicates["across"].items():
+    duplicates = data["duplicates"] or {"across": {}, "two_labels": 0}
+    for noun, across in (("image", duplicates["across"]), ("group", data["groups_across"])):
+        for pair, n in across.items():
             where = f"in both {pair.replace('+', ' and ')}"
-            warnings += [f"{counted(n, 'image')} stand{'s' * (n == 1)} {where}"] * bool(n)
-        if n := duplicates["two_labels"]:
-            warnings.append(f"{counted(n, 'image')} bear{'s' * (n == 1)} two different labels")
+            warnings += [f"{counted(n, noun)} stand{'s' * (n == 1)} {where}"] * bool(n)
+    if n := duplicates["two_labels"]:
+        warnings.append(f"{counted(n, 'image')} bear{'s' * (n == 1)} two different labels")
     return warnings
 
 

@@ -16,7 +16,7 @@ from featurecache.extraction.pipeline import CHANGED
 from featurecache.extraction.scan import ScanResult
 from featurecache.files.atomic import FileStamp, file_stamp
 from featurecache.files.records import canonical_json
-from featurecache.formatting import shell_word
+from featurecache.formatting import shell_words
 from featurecache.images import decoding as _images
 from featurecache.images.augmentation import AugmentationPlan, AugmentedCopies
 from featurecache.images.headers import EncodedImage, read_by
@@ -25,7 +25,7 @@ from featurecache.sources.base import Dataset, ImageSource, may_be_trained_on
 from featurecache.sources.pseudonyms import plain_reason
 from featurecache.store.schema import ViewColumns, text_array
 from featurecache.store.shards import Layout
-from featurecache.store.store import Store
+from featurecache.store.store import Store, cache_words
 from featurecache.store.view import View
 from featurecache.store.write_view import copy_failed, view_attributes, write_view
 
@@ -114,7 +114,8 @@ def _checked(view: View, dataset: Dataset, digests: np.ndarray) -> View:
         was, now = ("with", "without") if view.source.get("hash_ids") else ("without", "with")
         raise BadOption(
             f"the view {view.label} was made {was} --hash-ids: {now} it no image has the name it has there. Give this "
-            f"one a name with --name, or remove that one first: featurecache rm {shell_word(view.label)}"
+            "one a name with --name, or remove that one first: featurecache "
+            + shell_words(["rm", view.label, *cache_words(view.store.parent)])
         )
     if 2 * common < len(view):
         raise BadOption(

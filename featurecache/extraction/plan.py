@@ -11,7 +11,7 @@ import inspect
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import partial
+from functools import partial, wraps
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
@@ -20,7 +20,7 @@ import torch
 
 from featurecache.arithmetic import exact_arithmetic
 from featurecache.backbones import check_name, load_backbone
-from featurecache.errors import BadOption, CacheError, SourceError
+from featurecache.errors import BadOption, CacheError, SourceError, plain_value
 from featurecache.extraction.contents import layouts_of, view_contents
 from featurecache.extraction.digest_cache import DigestCache
 from featurecache.extraction.forward import pick_device, spec_of
@@ -38,7 +38,7 @@ from featurecache.formatting import (
     duration,
     first_of,
     images_per_second,
-    shell_word,
+    shell_words,
     timed_part,
 )
 from featurecache.images.augmentation import augmentation_of
@@ -48,12 +48,34 @@ from featurecache.sources.base import Dataset
 from featurecache.sources.pseudonyms import load_secret, pseudonymise
 from featurecache.store.shards import Layout, find_by_digest
 from featurecache.store.spec import ExtractionSpec
-from featurecache.store.store import Store, cache_folder, find_store, latest_generation, missing_outputs, stores
+from featurecache.store.store import (
+    Store,
+    cache_folder,
+    cache_words,
+    find_store,
+    latest_generation,
+    missing_outputs,
+    stores,
+)
 
 P = ParamSpec("P")
 T = TypeVar("T")
 
 
+def _plain(function: Callable[P, T]) -> Callable[P, T]:
+    """Its options are Python's own numbers, each of the kind that it says. Raises BadOption."""
+    kinds = {name: each.annotation for name, each in inspect.signature(function).parameters.items() if name != "data"}
+
+    @wraps(function)
+    def change(*data: P.args, **options: P.kwargs) -> T:
+        for name in options.keys() & kinds.keys():
+            options[name] = plain_value(f"--{name.replace('_', '-')}", options[name], kinds[name])
+        return function(*data, **options)
+
+    return change
+
+
+@_plain
 @exact_arithmetic()
 def prepare(
     data: Any = "digits",
@@ -251,7 +273,7 @@ def _check_bits(dataset: Dataset, looks: ScanResult) -> None:
     """``--bits`` of images none of which it is about."""
     readable = [header for header in looks.headers.values() if not isinstance(header, str)]
     if dataset.bits is not None and readable and not any(header.used for header in readable):
-        there = f"none of {len(readable):,} images looked at is one"
+        there = f"none of {counted(len(readable), 'image')} looked at is one"
         raise BadOption(f"--bits {dataset.bits} is about 16-bit files, and {there}. Leave it out.")
 
 
@@ -281,8 +303,9 @@ def extraction_summary(result: ExtractionResult, view_label: str) -> str:
     unread = f"; {len(result.failed):,} could not be kept:" if result.failed else ""
     copies = f" and {result.copies:,} augmented copies" if result.copies else ""
     done = f"{counted(result.images, 'image')}{copies}, {work}{unread}"
-    failed = first_of(result.failed, f"more; featurecache info {shell_word(view_label)} lists them")
-    spent = [("time", _time_spent(result.shares)), ("cost", cost_per_image(result.cost))] if result.computed else []
+    named = shell_words([view_label, *cache_words(result.view.parent.parent)])
+    failed = first_of(result.failed, f"more; featurecache info {named} lists them")
+    spent = [("time", _time_spent(result)), ("cost", cost_per_image(result.cost))] if result.computed else []
     return columns([("done", "\n".join([done, *failed])), *spent, ("view", f"{view_label} in {result.view}")])
 
 
@@ -293,8 +316,11 @@ _WAITS = {  # stage of the main loop → what it is, and what makes it shorter
 }
 
 
-def _time_spent(shares: dict[str, float]) -> str:
+_LONG = 5  # seconds of waiting: less than the opening of files and libraries may take, which nothing helps
+
+
+def _time_spent(result: ExtractionResult) -> str:
     """Where the main loop's time went, and what would help where it waited."""
-    spent = ", ".join(f"{100 * share:.0f} % {_WAITS[stage][0]}" for stage, share in shares.items())
-    stage, share = max(((each, shares[each]) for each in ("decoding", "writing")), key=lambda each: each[1])
-    return f"{spent}; {_WAITS[stage][1]} would help" if share > 0.2 else spent
+    spent = ", ".join(f"{100 * share:.0f} % {_WAITS[stage][0]}" for stage, share in result.shares.items())
+    share, stage = max((result.shares[each], each) for each in ("decoding", "writing"))
+    return f"{spent}; {_WAITS[stage][1]} would help" if share > 0.2 and share * result.seconds >= _LONG else spent

@@ -12,6 +12,7 @@ import signal
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -66,7 +67,12 @@ class _Process:
         context = multiprocessing.get_context("spawn")  # CUDA and threads do not survive a fork
         self._pipe, theirs = context.Pipe()
         self._process = context.Process(target=serve, args=(theirs, self._setup), daemon=True)
-        self._process.start()
+        resource_tracker.ensure_running()  # the first start would start it, and take the mask away
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # of the child too, until it ignores it
+        try:
+            self._process.start()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
         theirs.close()
         if self._closed:  # meanwhile
             self.close()

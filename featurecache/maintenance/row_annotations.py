@@ -1,8 +1,10 @@
 """Row annotations of a feature file: which of its columns are ids, labels, splits, groups, and what its classes are.
 
 Columns are found by name, or as requested. Labels are whole numbers [N] (-1: none), words [N], or 0, 1 and NaN [N,L]
-for several labels; they lie in the file, in an `.npy`, or in a table. Rows of a table that has paths belong to the
-features of that id, if the file has ids; else the order is the same.
+for several labels; they lie in the file, in an `.npy`, or in a table. Rows of a table that has paths or ids belong to
+the features of that id, if the file has ids; else the order is the same, which is said. Splits, groups and further
+columns are a table's before the file's, unless an option names the file's; what is not taken is left out, and said.
+Classes and task that an export states are those of its own labels alone.
 """
 
 from __future__ import annotations
@@ -63,51 +65,67 @@ def annotate_rows(
             f"{file.path.name} was exported with augmented copies, and an import takes every row for an image. "
             "Export it without --copies."
         )
-    table = _open_table(keys["labels"], columns, how)
     arrays = {role: _column(file, role, keys[role], rows) for role in ("ids", "splits", "groups")}
-    arrays["labels"] = None if table is not None else _labels_array(file, keys["labels"], rows)
     ids = _ids(file, arrays["ids"], rows)
-    stated = _stated_classes(file)
+    table = _open_table(keys, columns, how, ids if arrays["ids"] else None)
+    arrays["labels"] = None if table is not None else _labels_array(file, keys["labels"], rows)
+    stated = _stated_classes(file) if table is None and keys["labels"] in (None, "labels") else None
     task = how.task or (file.attributes["task"] if stated is not None else None)
-    groups = arrays["groups"].texts() if arrays["groups"] else None
     labels, names, splits, meta = np.full(rows, -1, np.int64), list[str](), [""] * rows, dict[str, Any]()
+    groups, notes = None, list[str]()
     if table is not None:
         matched = _order(table, ids if arrays["ids"] else None, rows)
         labels, names = _reordered(table.labels[matched], table.classes, classes)
+        if table.ids is None or not arrays["ids"]:
+            notes.append(f"Rows of {Path(str(keys['labels'])).name} are taken in the order of the features.")
         ids = column_at(table.ids, matched) if table.ids and not arrays["ids"] else ids
         splits = column_at(table.splits, matched)
-        groups = column_at(table.groups, matched) if table.groups and groups is None else groups
+        groups = column_at(table.groups, matched) if table.groups else None
         meta = column_at(table.meta, matched)
     if table is None and not (arrays["labels"] and arrays["labels"].text):
         how.refuse_unused("there are numbers" if arrays["labels"] else "there are none")
     cells = LabelColumns(file.path.name, lambda row: f"row {row:,}", replace(how, task=task))
     if array := arrays["labels"]:
-        labels, names = _labels_of(array, classes or stated, cells)
-    if table is None and (named := arrays["splits"]):
+        again = stated and set(classes or ()) == set(stated)  # the same names: another order, no other names
+        labels, names = _labels_of(array, stated if again else classes or stated, cells)
+        labels, names = _reordered(labels, names, classes if again else None)
+    arrays |= {"splits": None} if any(splits) else {}
+    arrays |= {"groups": None} if groups is not None else {}
+    if named := arrays["splits"]:
         splits = split_names(named.texts(), lambda row: f"{named.name} row {row:,}", "--splits-key '' leaves them out.")
-    if is_export(file):
-        further = {name.removeprefix("meta/"): a for name, a in file.arrays.items() if name.startswith("meta/")}
-        meta |= {name: _further(values, rows) for name, values in further.items()}
+    if arrays["groups"]:
+        groups = arrays["groups"].texts()
+    further = {
+        name: array for each, array in file.arrays.items()
+        if is_export(file) and each.startswith("meta/") and (name := each.removeprefix("meta/")) not in meta
+    }  # fmt: skip
+    meta |= {name: _further(values, rows) for name, values in further.items()}
     labels, names, task = resolve_labels(labels, names, task, file.path.name)
     if order or not (classes or stated):  # which have an order of their own
         labels, names = ordered_labels(labels, names, task, order, keys["labels"] or file.path.name)
     _check_text({"ids": ids, "groups": groups or [], "classes": names, **meta})
-    used = {*features, *_OURS, *(a.name for a in arrays.values() if a), *(f"meta/{name}" for name in meta)}
+    used = {*features, *_OURS, *(a.name for a in arrays.values() if a), *(f"meta/{name}" for name in further)}
     unused = [name for name in file.arrays if name not in used]
     said = table or Annotations(
         None, labels, splits, None, {}, names, remarks=tuple(cells.remarks), uncertain=cells.assumed
     )
     return RowAnnotations(
         ids, labels, splits, groups, meta, names, task, unused,
-        remarks=said.remarks, notes=said.notes, uncertain=said.uncertain,
+        remarks=said.remarks, notes=(*said.notes, *notes), uncertain=said.uncertain,
     )  # fmt: skip
 
 
-def _open_table(labels: str | None, columns: dict[str, str] | None, how: LabelOptions) -> Annotations | None:
-    if labels and is_table(labels):
+def _open_table(
+    keys: dict[str, str | None], columns: dict[str, str] | None, how: LabelOptions, ids: Sequence[str] | None
+) -> Annotations | None:
+    if (labels := keys["labels"]) and is_table(labels):
         if not Path(labels).exists():
             raise SourceError(f"there is no file {labels}.")
-        return read_annotations(labels, columns, how)
+        leave = [role for role in ("split", "group") if keys[f"{role}s"]]
+        if twice := [role for role in leave if role in (columns or {})]:
+            role = twice[0]
+            raise BadOption(f"--{role}s-key {keys[f'{role}s']} and --column {role}=… both say the {role}s; give one.")
+        return read_annotations(labels, columns, how, ids, leave)
     if columns:
         raise BadOption("--column is about columns of a table: --labels FILE.csv.")
     return None
@@ -173,7 +191,8 @@ def _order(table: Annotations, ids: list[str] | None, rows: int) -> np.ndarray:
         row_of = {name: row for row, name in enumerate(table.ids)}
         if missing := [name for name in ids if name not in row_of]:
             raise SourceError(
-                f"the table of labels lacks {counted(len(missing), 'id')} of the features: {abbreviated(missing, 3)}."
+                f"the table of labels lacks {counted(len(missing), 'id')} of the features: {abbreviated(missing, 3)}. "
+                "--ids-key '' takes its rows in their order."
             )
         return np.array([row_of[name] for name in ids], np.int64)
     if len(table.splits) != rows:
@@ -229,10 +248,11 @@ def _reordered(labels: np.ndarray, names: list[str], classes: Sequence[str] | No
     """Labels of the classes ``names`` in the order of ``classes``, if there is one."""
     if not classes:
         return labels, names
-    if not set(names) <= set(classes) or len(set(classes)) < len(classes):
+    others = set(names) ^ set(classes) if labels.ndim == 2 else set(names) - set(classes)
+    if others or len(set(classes)) < len(classes):
         raise BadOption(f"--classes {','.join(classes)}: the labels are {abbreviated(names, 8)}; name each once.")
     if labels.ndim == 2:
-        return labels[:, [names.index(name) for name in classes if name in names]], list(classes)
+        return labels[:, [names.index(name) for name in classes]], list(classes)
     place = np.array([*(classes.index(name) for name in names), -1], np.int64)
     return place[labels], list(classes)
 

@@ -221,7 +221,8 @@ def _shard(store: Store, path: Path, problem: str | None, named: ReferencedShard
     count = len(set(named.digests.tolist()))
     ids = [view.ids[row] for view, rows in named.parts for row in rows if view.digests[row] in wrong]
     samples = tuple((name, path.parent.name) for name in dict.fromkeys(ids))
-    return Damage(path, f"{problem}; {len(wrong):,} of the {count:,} rows that views name are wrong", samples)
+    are = "is" if len(wrong) == 1 else "are"
+    return Damage(path, f"{problem}; {len(wrong):,} of the {count:,} rows that views name {are} wrong", samples)
 
 
 def _content(store: Store, path: Path, named: ReferencedShard | None) -> str | None:

@@ -156,6 +156,8 @@ def open_source(
     of several frames, is a number (from 0) or "all"; ``bits``: 2^bits − 1 is white in 16-bit images; ``crop``:
     the left, top, right and bottom edge of what is looked at, in parts of width and height; ``limit``: so many images,
     see `limit_images`. Raises SourceError, BadOption."""
+    if columns is not None and not isinstance(columns, Mapping):
+        raise BadOption(f'columns is {columns!r}; it must be a dict of column by role, such as {{"label": "finding"}}.')
     edges = None if crop is None else check_crop(crop)
     words: dict[str, Any] = {"columns": columns or None, "task": task, "classes_at": classes_at}
     words |= {"order": order and list(order), "leave_out": list(leave_out) or None}

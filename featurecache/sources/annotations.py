@@ -173,17 +173,20 @@ def labels_of_listed(
 
 
 def numbers_or_text(values: list[str]) -> list[str] | np.ndarray:
-    """A further column: int64 or float64 (empty: NaN) where every cell is a number, else the text."""
+    """A further column: int64 or float64 (empty: NaN) where every cell is a number, else the text; so are whole numbers
+    of which a float would lose digits."""
     numbers = {value: finite_number(value) for value in set(values)}
     missing = {value for value in numbers if is_missing(value)}
     code = any(re.match(r"^[-+]?0\d", value) for value in numbers)  # 007 is a code: as a number it would lose zeros
     text = any(number is None for value, number in numbers.items() if value not in missing)
     if code or text or len(missing) == len(numbers):
         return values
-    try:
+    whole = [int(value) for value in numbers if re.fullmatch(r"\s*[-+]?[0-9]+\s*", value)]
+    if len(whole) == len(numbers) and max(map(abs, whole)) < 2**63:
         return np.array([int(value) for value in values], np.int64)
-    except (ValueError, OverflowError):
-        return np.array([np.nan if value in missing else numbers[value] for value in values], np.float64)
+    if any(abs(number) > 2**53 for number in whole):
+        return values
+    return np.array([np.nan if value in missing else numbers[value] for value in values], np.float64)
 
 
 # -- groups

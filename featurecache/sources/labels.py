@@ -162,8 +162,9 @@ def groups_or_ids(groups: Sequence[Any], ids: Sequence[str]) -> list[str]:
 
 
 def finite_number(text: str) -> float | None:
+    """None for what is none; also for 1_000, which Python reads."""
     try:
-        number = float(text)
+        number = float(text if "_" not in text else "nan")
     except ValueError:
         return None
     return number if np.isfinite(number) else None

@@ -72,6 +72,7 @@ class Description:
     kinds: dict[str, int]  # of pixels, most frequent first
     unreadable: list[tuple[str, str]]  # among those looked at: id, reason
     duplicates: Duplicates | None
+    groups_across: dict[str, int]  # "train+test" -> groups that stand in both
     notes: list[str]
 
     def to_dict(self) -> dict[str, Any]:
@@ -115,6 +116,7 @@ def describe_dataset(
         kinds=dict(Counter(look.kind for look in looks).most_common()),
         unreadable=[(dataset.shown(row), header) for row, header in headers.items() if isinstance(header, str)],
         duplicates=None if digests is None else _duplicates(dataset, digests),
+        groups_across=_groups_across(dataset),
         notes=notes_of(dataset, looks),
     )
 
@@ -137,7 +139,8 @@ def _notes_on_pixels(dataset: Dataset, looks: Sequence[ImageHeader]) -> list[str
     if dataset.bits is None and (dark := dark_pixels(looks)):
         notes.append(f"{dark[1]}; --bits {dark[0]} scales them.")
     if stacks := [look.pages for look in looks if look.pages > 1]:
-        what = f"{len(stacks):,} of {len(looks):,} images looked at are TIFF stacks of up to {max(stacks):,} pages"
+        are = "are TIFF stacks of up to" if len(stacks) > 1 else "is a TIFF stack of"
+        what = f"{len(stacks):,} of {counted(len(looks), 'image')} looked at {are} {max(stacks):,} pages"
         notes.append(f"{what}: the first page is used; --page N takes another (from 0), --page all each.")
     return notes
 
@@ -183,18 +186,27 @@ def _duplicates(dataset: Dataset, digests: Sequence[str | bytes | None] | np.nda
     distinct, image = np.unique(digests[readable], return_inverse=True)
     splits = np.array(dataset.splits)[readable]
     by_split = {split: image[splits == split] for split in _ORDER if (splits == split).any()}
-    images = {split: np.unique(rows) for split, rows in by_split.items()}
-    pairs = [(a, b) for a, b in combinations(images, 2) if a and b]
     order = np.argsort(image, kind="stable")
     ordered, labels = image[order], dataset.labels[readable].reshape(len(readable), -1)[order]
     labels = np.nan_to_num(labels, nan=-1)  # unknown is a label of its own
     contradicts = (ordered[1:] == ordered[:-1]) & (labels[1:] != labels[:-1]).any(1)
     return Duplicates(
         total=len(readable) - len(distinct),
-        within={split: len(rows) - len(images[split]) for split, rows in by_split.items()},
-        across={f"{a}+{b}": len(np.intersect1d(images[a], images[b], True)) for a, b in pairs},
+        within={split: len(rows) - len(np.unique(rows)) for split, rows in by_split.items()},
+        across=_across(image, splits),
         two_labels=len(np.unique(ordered[1:][contradicts])),
     )
+
+
+def _groups_across(dataset: Dataset) -> dict[str, int]:
+    groups = np.array(dataset.groups or [""] * len(dataset), object)
+    return _across(groups[groups != ""], np.array(dataset.splits)[groups != ""])
+
+
+def _across(values: np.ndarray, splits: np.ndarray) -> dict[str, int]:
+    """For any two splits that are there how many values stand in both."""
+    sets = {split: np.unique(values[splits == split]) for split in SPLIT_ORDER if (splits == split).any()}
+    return {f"{a}+{b}": len(np.intersect1d(sets[a], sets[b], True)) for a, b in combinations(sets, 2)}
 
 
 def _table(summary: Description) -> list[str]:

@@ -87,12 +87,20 @@ def open_table(
     )
 
 
-def read_annotations(data: str, columns: dict[str, str] | None, how: LabelOptions) -> Annotations:
+def read_annotations(
+    data: str, columns: dict[str, str] | None, how: LabelOptions, own_ids: Sequence[str] | None = None,
+    leave: Sequence[str] = (),
+) -> Annotations:  # fmt: skip
     """Labels of features that are there already: a table as for images, in which the paths may be missing. Its only
-    column is the label, whatever it is called."""
+    column is the label, whatever it is called. ``own_ids``: of the features; where no column is called a path, the one
+    that holds them is. ``leave``: roles that something else has, "split" or "group"."""
     table, _ = _read_table(data)
     only = {"label": next(iter(table.columns))} if len(table.columns) == 1 else {}
-    roles = roles_of_table(table, columns or only)
+    roles = roles_of_table(table, columns or only) | {role: [] for role in leave}
+    if not roles["path"] and own_ids is not None:
+        free = {name: cells for name, cells in table.columns.items() if not any(name in own for own in roles.values())}
+        holding = [name for name, cells in free.items() if set(own_ids) <= set(cells)]
+        roles["path"] = (holding or [name for name in free if name.lower() in ("id", "ids")])[:1]
     if not roles["label"]:
         there = abbreviated(list(table.columns), 8)
         raise SourceError(f"{table.name} has no column of labels among {there}; --column label=NAME names one.")
@@ -100,7 +108,7 @@ def read_annotations(data: str, columns: dict[str, str] | None, how: LabelOption
         table, _ = _one_row_each(table, roles, how.task)
     ids = table.columns[roles["path"][0]] if roles["path"] else None
     own = [f"{table.name}:{row}" for row in range(len(table.places))]  # one without a group is a group of its own
-    by_path = ids is not None and "split" not in (columns or {})
+    by_path = ids is not None and "split" not in (*(columns or {}), *leave)
     return replace(annotations_of_text(table, roles, ids or own, how, splits_in_paths=by_path), ids=ids)
 
 

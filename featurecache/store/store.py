@@ -38,6 +38,7 @@ from featurecache.files.records import (
     write_checked_json,
 )
 from featurecache.files.storage import canonical, is_address, local_path
+from featurecache.formatting import with_addresses
 from featurecache.outputs import Output
 from featurecache.store.remote_cache import mirrored_cache
 from featurecache.store.shards import Layout, RowLocations, Shard, find_by_digest, layout_in, read_shard, shard_name
@@ -77,6 +78,11 @@ def is_default_cache(folder: str | Path) -> bool:
     if is_address(default) and local_path(default) is None:
         return place == canonical(default)
     return place == str(cache_folder().resolve())
+
+
+def cache_words(folder: str | Path) -> list[str]:
+    """What a command says of a cache that it would not take by itself."""
+    return [] if is_default_cache(folder) else ["--cache", with_addresses(str(folder))]
 
 
 @dataclass(frozen=True)

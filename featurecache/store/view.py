@@ -324,6 +324,13 @@ class View(ViewContent):
         if rows is None:
             return np.arange(len(self))
         picked = np.asarray(rows)
+        if picked.ndim != 1 or (len(picked) and picked.dtype.kind not in "biu"):
+            raise TypeError(
+                f"rows of {self.label} are a list of whole numbers or a mask of booleans; got {picked.dtype} "
+                f"{list(picked.shape)}."
+            )
+        if picked.dtype == bool and len(picked) not in (len(self), self.rows):
+            raise IndexError(f"a mask of {self.label} has {len(self)} booleans, one a row; got {len(picked)}.")
         picked = np.flatnonzero(picked) if picked.dtype == bool else picked.astype(np.int64, copy=False)
         if len(picked) and not (0 <= picked.min() and picked.max() < self.rows):
             raise IndexError(f"{self.label} has rows 0 to {self.rows - 1}; asked for {picked.min()} to {picked.max()}.")

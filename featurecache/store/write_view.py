@@ -61,6 +61,7 @@ def write_view(
     ``located``: for each output where every row lies. ``attributes``: `view_attributes`, stored as they are.
     """
     assert (rows.versions is None) == ("augmentation" not in attributes), "who has copies says how they were made"
+    assert rows.labels.ndim == 1 or rows.labels.shape[1] == len(json.loads(attributes["classes"])), rows.labels.shape
     trace = WriteTrace()
     with new_hdf5(trace) as file:
         file.attrs.update(attributes)

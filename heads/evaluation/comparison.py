@@ -37,6 +37,7 @@ from heads.evaluation.families import (
     resample_key,
     run_setting,
     seeds_only_warning,
+    shown_controls,
     spread,
     unify_clusters,
 )
@@ -97,7 +98,8 @@ def compare(
     check_prevalence(first, prevalence)
     select = select or first.config["chosen"]["by"]
     names, resampler = names_of(families), SharedResamples(resamples)
-    reference = _resolve_reference(reference, names, families, select)
+    lead = min(range(len(names)), key=lambda k: selection_key([run.metrics for run in families[k].runs], select))
+    reference = _resolve_reference(reference, names, families, lead)
     answers = ([(run, run.answers("test")) for run in family.runs] for family in families)
     predictions = unify_clusters(list(map(collect_predictions, answers)))
     entries = [
@@ -115,7 +117,7 @@ def compare(
         "select": select,
         "measures": entries[0].estimates.names,
         "untrained": any(run.untrained for family in families for run in family.runs),
-        "controls": next((c for family in families for run in family.runs if (c := run.metrics["controls"])), []),
+        "controls": shown_controls([run for family in families for run in family.runs], families[lead].runs),
         **test,
         "reference": reference,
         "test_seen": sum(max(len(f.tried), len(f.runs)) for f in families) if show_test == "all" else None,
@@ -129,12 +131,10 @@ def compare(
 
 
 def _resolve_reference(
-    reference: str | None, names: Sequence[str], families: Sequence[Family], select: str
+    reference: str | None, names: Sequence[str], families: Sequence[Family], lead: int
 ) -> str | None:
     if reference is None:
-        rows = [[run.metrics for run in family.runs] for family in families]
-        first = min(range(len(names)), key=lambda k: selection_key(rows[k], select))
-        return names[first] if len(names) > 1 else None
+        return names[lead] if len(names) > 1 else None
     folders = {str(run.path): name for name, family in zip(names, families, strict=True) for run in family.runs}
     name = folders.get(reference.rstrip("/"), reference)
     if name not in names:

@@ -14,9 +14,11 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import math
 import warnings
 from dataclasses import replace
 from importlib.metadata import version
+from itertools import product
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -29,6 +31,10 @@ from heads.metrics.calibration import CalibratedPredictions, calibrate
 from heads.metrics.classification import evaluate
 from heads.models.catalogue import HALF, squash_preprocess
 from heads.pixel_view import read_images
+from heads.runs.folder import replace_listed
+from heads.runs.records import CONFIG, METRICS_FILE
+from heads.runs.run import Run
+from heads.runs.write import csv_bytes, json_bytes
 from heads.settings import SPLITS
 from heads.splits import Splits
 from heads.task import FeatureView, Say, Task
@@ -55,6 +61,19 @@ def measure_controls(
     if controls[-1]["test"] is not None and GONE not in controls[-1]["note"]:  # what is gone may come back
         write_state("controls", key, {"controls": json.dumps(controls)})  # as text: a record holds no NaN
     return controls
+
+
+def add_controls(run: Run, controls: list[dict[str, Any]]) -> None:
+    """Into the measures of a finished run that has none: metrics.json, and lines at the end of metrics.csv."""
+    text, lines = run.read("metrics.csv"), list[list[Any]]()
+    more = [""] * (text.partition(b"\n")[0].count(b",") - 4)  # the columns of a report
+    for control, split in product(controls, SPLITS[1:]):
+        own = control[split] or {}
+        for part, table in [("", own), *own.get("per_class", {}).items()]:
+            numbers = {name: value for name, value in table.items() if isinstance(value, int | float)}
+            lines += [[control["name"], split, part, m, "" if math.isnan(v) else v, *more] for m, v in numbers.items()]
+    files = {METRICS_FILE: json_bytes(run.metrics | {"controls": controls})}
+    replace_listed(run.path / CONFIG, files | {"metrics.csv": text + csv_bytes(lines[0], lines[1:])})
 
 
 def _key_of(view: FeatureView, task: Task, splits: Splits) -> str:

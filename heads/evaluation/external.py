@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,21 +25,19 @@ from featurecache.errors import BadOption, CacheError, CannotWrite, RunError, ne
 from featurecache.files.atomic import write_whole
 from featurecache.files.mirror import place_of
 from featurecache.files.records import nan_to_none
-from featurecache.formatting import abbreviated
+from featurecache.formatting import abbreviated, names_in
 from featurecache.store.spec import ExtractionSpec, describe_differences
 from featurecache.store.write_view import open_view
 from heads.evaluation.families import Family, collect_predictions
 from heads.evaluation.operating_points import calibration_record, operating_points
-from heads.evaluation.subgroups import image_columns
 from heads.metrics.intervals import FamilyEstimates, SharedResamples
 from heads.models.common import rows_at_once
 from heads.pixel_view import PixelView, open_dataset
 from heads.runs.folder import digest_of, read_checked_record, read_listed, write_record
 from heads.runs.records import read_tensors
-from heads.runs.run import Run, is_pixels, pixels_of
-from heads.runs.write import answer_columns, record_stamp
+from heads.runs.run import Run, is_pixels, load_run, pixels_of
+from heads.runs.write import digest_octets, record_stamp
 from heads.settings import SPLITS
-from heads.splits import read_splits
 from heads.task import FeatureView, Predictions, Say, clusters_of, is_labelled, plain_rows, renumber_labels
 
 FOLDER = "external"
@@ -49,12 +47,17 @@ ROWS = 1024  # features in memory at once
 
 @exact_arithmetic()
 def evaluate_run(
-    run: Run, view: FeatureView, *, split: str | None = None, classes: Sequence[str] = (), resamples: int = 2000,
-    say: Say | None = None,
+    run: Run | str | Path, view: FeatureView | str | Path | None, *, split: str | None = None,
+    classes: Sequence[str] = (), resamples: int = 2000, say: Say | None = None,
 ) -> dict[str, Any]:  # fmt: skip
-    """Evaluate ``run`` on the labelled images of ``view``, all or those of one ``split``, and write the record into
-    the run. ``classes``: ``NAME=A,B`` where the view calls a class of the run otherwise, ``NAME=`` where it has none of
-    it. Raises BadOption and RunError; NotInCache with the command that stores what is missing."""
+    """Evaluate ``run`` on the labelled images of ``view`` (None: the newest), all or those of one ``split``, and write
+    the record into the run; a network from pixels sees its images. ``classes``: ``NAME=A,B`` where the view calls a
+    class of the run otherwise, ``NAME=`` where it has none of it. Raises BadOption and RunError; NotInCache with the
+    command that stores what is missing."""
+    run = run if isinstance(run, Run) else load_run(run)
+    view = open_view(view) if view is None or isinstance(view, str | Path) else view
+    view = pixels_of(run, view) if is_pixels(run) and not isinstance(view, PixelView) else view
+    resampler = SharedResamples(resamples)
     _check_features(run, view)
     if split is not None and split not in SPLITS:
         raise BadOption(f"--split {split}: it is one of {', '.join(SPLITS)}, or left out for all images.")
@@ -62,7 +65,7 @@ def evaluate_run(
     rows = _rows(view, labels, split)
     y = labels[rows]
     n = (y == 1).sum(axis=0) if y.ndim == 2 else np.bincount(y, minlength=len(run.classes))
-    notes += overlap(run, np.asarray(view.digests)[rows], view)
+    notes += overlap(run, np.asarray(view.digests)[rows])
     say = say or (lambda line: None)
     for note in notes:
         say(f"warning    {note}")
@@ -72,7 +75,7 @@ def evaluate_run(
         "output": run.output, "split": split, "n": len(rows),
         "classes": [{"class": c, "in_view": names[c], "n": int(n[i])} for i, c in enumerate(run.classes)],
         "left_out": left_out, "grouped": answers.grouped, "warnings": notes,
-        **_measured([(run, answers)], SharedResamples(resamples)),
+        **_measured([(run, answers)], resampler),
     })  # fmt: skip
     path = _write(run, view.name + (f"-{split}" if split else ""), record, answers)
     return record | {"run": str(run.path), "written": str(path)}
@@ -105,6 +108,11 @@ def _check_features(run: Run, view: FeatureView) -> None:
             specs = ExtractionSpec.from_dict(run.config["spec"]), ExtractionSpec.from_dict(view.spec)
         except CacheError as error:
             raise RunError(f"{run.path} is damaged: {error}") from error
+        if any(spec.imported for spec in specs):
+            raise BadOption(
+                f"{run.path} was trained on other features than those of {view.label}. Imported features belong to no "
+                "known backbone, so a head of other features cannot be evaluated on them, nor theirs on other features."
+            )
         changes = describe_differences(*specs, (run.config["provenance"], view.provenance))
         fields = "; ".join(f"{name} ({change})" for name, change in changes) or "what the fingerprint is made of"
         raise BadOption(
@@ -127,30 +135,12 @@ def _rows(view: FeatureView, labels: np.ndarray, split: str | None) -> np.ndarra
     return np.flatnonzero(usable)
 
 
-def overlap(run: Run, digests: Collection[bytes], view: Any = None) -> list[str]:
-    """A sentence where images that are measured, S32 [n], were also used to train or choose the head; or where that
-    cannot be looked up. ``view``: one that is open, perhaps that on which it was trained."""
-    path, notes = run.config["view"]["path"], []
-    used = [run.answers("val").digests]
-    try:
-        own = view if view and place_of(view.path) == path else image_columns(run, run.ids)
-        every = np.asarray(own.digests)
-    except (CacheError, OSError, RunError):
-        notes.append(f"what it was trained on is gone ({path}): duplicates of training images cannot be found")
-    else:
-        used.append(every[rows_of_splits(run, own.ids, ("train", "val"))])
-    known = {bytes(d) for each in used for d in each}
-    if n := sum(bytes(d) in known for d in digests):
-        used_too = f"{n:,} of {len(digests):,} images were also used to train or choose this head"
-        notes.append(f"{used_too}: these numbers are too good")
-    return notes
-
-
-def rows_of_splits(run: Run, ids: Iterable[str], splits: Sequence[str]) -> np.ndarray:
-    """int64: which of ``ids`` the run had in these splits."""
-    own, names = set(run.ids), list(ids)  # read with its hash
-    rows = np.array([i for i, name in enumerate(names) if name in own], dtype=np.int64)
-    return rows[np.isin(read_splits(run.folder / "splits.csv", [names[i] for i in rows], []), splits)]
+def overlap(run: Run, digests: Collection[bytes]) -> list[str]:
+    """A sentence where images that are measured, S32 [n], were also used to train or choose the head."""
+    used = set(map(bytes, run.digests("train", "val")))
+    n = sum(bytes(each) in used for each in digests)
+    used_too = f"{n:,} of {len(digests):,} images were also used to train or choose this head"
+    return [f"{used_too}: these numbers are too good"] if n else []
 
 
 @torch.no_grad()
@@ -182,7 +172,10 @@ def _measured(pairs: Sequence[tuple[Run, Predictions]], resampler: SharedResampl
 
 def _write(run: Run, name: str, record: dict[str, Any], answers: Predictions) -> Path:
     ids = np.frombuffer(json.dumps(answers.ids).encode(), np.uint8)
-    columns = {"ids": ids, **answer_columns(answers.digests, answers.clusters, answers.y, answers.logits)}
+    columns = {
+        "ids": ids, "digests": digest_octets(answers.digests), "clusters": answers.clusters, "labels": answers.y,
+        "logits": answers.logits,
+    }  # fmt: skip
     folder, name = run.path / FOLDER, re.sub(r"[^\w.-]+", "_", name)
     try:
         folder.mkdir(exist_ok=True)
@@ -294,7 +287,7 @@ def _parse_names(run: Run, view: FeatureView, given: Sequence[str]) -> dict[str,
 
 
 def _members(text: str) -> list[str]:
-    return [member.strip() for member in text.split(",") if member.strip()]
+    return list(filter(None, names_in(text)))
 
 
 def _view_names(run: Run, view: FeatureView, given: dict[str, list[str]]) -> dict[str, list[str]]:

@@ -90,6 +90,35 @@ def fraction_of(run: Run) -> float:
     return float(run.config["splits"].get("fraction") or 1.0)
 
 
+def shown_controls(runs: Sequence[Run], leading: Sequence[Run]) -> list[dict[str, Any]]:
+    """The controls of one of the runs: of those on the test images of the ``leading`` runs, if there are any, the one
+    with the most training images. Where they are of one fold or draw among several, of other test images, or of fewer
+    training images than another of the runs, their names say so."""
+    having = [run for run in runs if run.metrics["controls"]]
+    if not having:
+        return []
+    digests = {run.config["splits"]["digest"] for run in leading}
+    train = {id(run): run.config["splits"]["images"]["train"] for run in runs}
+
+    def order(run: Run) -> tuple[Any, ...]:
+        seed, *draw = (-1 if n is None else n for n in resample_key(run))
+        return run.config["splits"]["digest"] not in digests, -train[id(run)], *draw, seed, str(run.path)
+
+    measured, words = min(having, key=order), list[str]()
+    splits, (_, split_seed, _) = measured.config["splits"], resample_key(measured)
+    of_fold = f"fold {splits['fold'][0] + 1} of {splits['fold'][1]}" if splits.get("fold") else ""
+    if splits["digest"] not in digests:
+        words.append("on other test images")
+    if len({resample_key(run)[1:] for run in leading}) > 1 and (len(digests) > 1 or fraction_of(measured) < 1):
+        several = len({resample_key(run)[1] for run in leading}) > 1
+        words += [f"on {of_fold}"] * bool(of_fold) + [f"on split seed {split_seed} alone"] * several
+    most = max(train[id(run)] for run in runs if run.config["splits"]["digest"] == splits["digest"])
+    if train[id(measured)] < most:
+        words.append(f"trained on {train[id(measured)]:,} of {most:,} images")
+    more = f" ({', '.join(words)})" if words else ""
+    return [control | {"name": control["name"] + more} for control in measured.metrics["controls"]]
+
+
 def check_comparable(families: Sequence[Family]) -> None:
     """Raises BadOption where the runs do not answer the same question."""
     first = families[0].runs[0]

@@ -1,9 +1,9 @@
 """Choosing a setting on val: the rows of one family in a sweep, and the order of heads in a table.
 
 A *setting* is everything that is decided before training but seed, split seed and fold. Chosen is the one that is best
-on val, averaged over them; settings are compared on the same draws: one that was trained on fewer of them than another
-is no candidate. A row is one head of a sweep, as its journal has it. Nothing here loads torch: a table of sweeps is
-made by it.
+on val, averaged over them; settings are compared on the same draws: those of the setting that was trained on most, the
+newest of such. One that was trained on fewer or on others is no candidate. A row is one head of a sweep, as its journal
+has it. Nothing here loads torch: a table of sweeps is made by it.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Selection:
     value: float  # of the criterion on val, averaged
     ends: dict[str, str]  # option -> "smallest" or "largest" of those tried
     edges: tuple[str, ...]  # the same as sentences
-    incomplete: int  # settings left out because they have fewer draws or seeds
+    incomplete: int  # settings left out because they have fewer or other draws or seeds
 
 
 def family_of(row: Row) -> tuple[str, str, str, float]:
@@ -41,13 +41,26 @@ def setting_of(row: Row) -> dict[str, Any]:
     return {name: value for name, value in row["settings"].items() if name not in REPEATED}
 
 
+def newest_rows(rows: Sequence[Row]) -> list[Row]:
+    """Of the rows of one family each setting on each draw once: the last, where one was trained again with another
+    budget of memory or with its images in another order."""
+    return list({(canonical_json(setting_of(row)), _draw_of(row)): row for row in rows}.values())
+
+
+def _draw_of(row: Row) -> tuple[int, int | None, int]:
+    return row["repeat"], row["fold"], row["settings"]["seed"]
+
+
 def select_setting(rows: Sequence[Row], select: str) -> Selection | None:
     """The choice among the rows of one family; None where every head failed."""
     settings: dict[str, list[Row]] = {}
-    for row in rows:
+    for row in newest_rows(rows):
         settings.setdefault(canonical_json(setting_of(row)), []).append(row)
-    most = max(len(own) for own in settings.values())
-    full = {text: own for text, own in settings.items() if len(own) == most}
+    draws = {text: frozenset(map(_draw_of, own)) for text, own in settings.items()}
+    most = max(map(len, draws.values()))
+    newest = (draws[canonical_json(setting_of(row))] for row in reversed(rows))
+    wanted = next(own for own in newest if len(own) == most)
+    full = {text: own for text, own in settings.items() if draws[text] == wanted}
     best = full[min(full, key=lambda text: (*selection_key(full[text], select), text))]
     value, setting = mean_of(best, select), setting_of(best[0])
     if math.isnan(value):

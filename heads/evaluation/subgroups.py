@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from featurecache.errors import BadOption, CacheError, RunError, UnreadableImage, nearest
+from featurecache.formatting import exact_number
 from heads.evaluation.families import FamilyPredictions
 from heads.runs.run import Run, is_pixels, open_run_dataset
 from heads.task import Predictions
@@ -49,12 +50,13 @@ def _values(run: Run, answers: Predictions, column: str) -> list[str]:
             f"{view.label} no longer holds {rows.count(None):,} of the images that {run.path} was tested on (the "
             f"first: {answers.ids[rows.index(None)]}). Extract them again, or train again."
         )
-    return [_text(view.meta[column][row]) for row in rows]
+    return [cell_text(view.meta[column][row]) for row in rows]
 
 
-def _text(value: Any) -> str:
+def cell_text(value: Any) -> str:
+    """A value of a column, as its table has it but for zeros at its end: 1.0 is 1."""
     if isinstance(value, float | np.floating):
-        return "" if np.isnan(value) else f"{value:g}"
+        return "" if np.isnan(value) else exact_number(float(value))
     return value.decode() if isinstance(value, bytes) else str(value)
 
 

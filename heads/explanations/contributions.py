@@ -34,7 +34,6 @@ import torch
 from torch import nn
 
 from featurecache.errors import BadOption
-from heads.evaluation.external import rows_of_splits
 from heads.explanations.maps import SaliencyMap, margin_unit
 from heads.models.tokens import ClsMean, Conv, Large, MeanLinear
 from heads.models.vector import Linear, Mlp
@@ -294,12 +293,8 @@ def mean_training_token(run: Run, tokens: TokenMap, view: View | None) -> tuple[
             )
         return scale.mean.expand(tokens.count, -1).clone(), "the mean of all training tokens, kept with the head"
     view.info(tokens.source)  # raises with the command that stores it
-    try:
-        rows = rows_of_splits(run, view.ids, ("train",))
-    except BadOption as error:
-        raise BadOption(f"which images {run.path} was trained on cannot be read: {error}") from error
-    if not len(rows):
-        raise BadOption(f"{view.label} holds none of the images that {run.path} was trained on.")
+    trained = set(run.ids[run.splits == "train"])
+    rows = np.array([i for i, name in enumerate(view.ids) if name in trained])
     some = rows if len(rows) <= TRAINING else rows[np.linspace(0, len(rows) - 1, TRAINING).round().astype(int)]
     total = torch.zeros(tokens.count, view.info(tokens.source).shape[-1], dtype=torch.float64)
     for part in np.array_split(some, -(-len(some) // 64)):

@@ -285,8 +285,8 @@ class SourceImages:
 
     def view(self, run: Run) -> View | None:
         """The view a run was trained on, as it was; None where it is gone or another."""
-        view = run.config["view"]
-        return self._view(view["path"], view.get("fingerprint"))
+        view = self._view(run.config["view"]["path"], run.config["view"].get("fingerprint"))
+        return view if view is not None and run.is_of_images_in(view) else None
 
 
 def _reopened(source: str) -> tuple[Any, dict[str, int]]:

@@ -35,6 +35,7 @@ from typing import Any
 
 import numpy as np
 
+from featurecache.errors import BadOption, plain_value
 from heads.metrics.calibration import CalibratedPredictions
 from heads.metrics.classification import Values, WeightedMeasures, evaluate, macro, predictive_values
 from heads.metrics.significance import over_test_sets, percentiles, wilson
@@ -138,6 +139,10 @@ class SharedResamples:
 
     resamples: int = 2000
     _blocks: dict[str, list[np.ndarray]] = field(default_factory=dict, repr=False)
+
+    def __post_init__(self) -> None:
+        if plain_value("resamples", self.resamples, "int") < 1:
+            raise BadOption(f"resamples is {self.resamples}; it must be at least 1.")
 
     def weights(self, test_set: TestSet) -> Iterable[np.ndarray]:
         if test_set.key not in self._blocks:

@@ -40,13 +40,14 @@ def _published(run: Run) -> dict[str, Any]:
         return {}
 
 
-def sweep_command(folder: Path) -> str | None:
-    """Of a folder with a sweep.json the command that made it."""
+def sweep_commands(folder: Path) -> list[str]:
+    """Of a folder with a sweep.json the commands that made it, in order."""
     try:
         record = json.loads((folder / "sweep.json").read_text("utf-8"))
     except (OSError, ValueError):
-        return None
-    return record["command"] if isinstance(record, dict) and isinstance(record.get("command"), str) else None
+        return []
+    commands = record.get("commands") if isinstance(record, dict) else None
+    return [each for each in commands if isinstance(each, str)] if isinstance(commands, list) else []
 
 
 def commands_of(
@@ -56,7 +57,7 @@ def commands_of(
     runs = [str(run.path) for family in families for run in family.runs]
     own = (folder / "sweep.json").is_file() or (folder / "config.json").is_file()
     words = list(paths) or ([str(folder)] if own else runs)
-    commands = [(f"{each}:", made) for each in words if (made := sweep_command(Path(each)))]
+    commands = [(f"{each}:", made) for each in words for made in sweep_commands(Path(each))]
     if not commands:
         named = zip(record["families"], families, strict=True)
         commands = [(f"{numbers['name']}:", train_command(family.runs[0])) for numbers, family in list(named)[:MOST]]
@@ -101,11 +102,12 @@ def origins(runs: Sequence[Run]) -> list[dict[str, Any]]:
 
 def _origin(run: Run, names: Sequence[str]) -> dict[str, Any]:
     config, view, splits, pixels = run.config, run.config["view"], run.config["splits"], is_pixels(run)
-    provenance, extract, copies = config["provenance"], None, None
+    provenance, extract = config["provenance"], None
     if not pixels:
-        with contextlib.suppress(FeatureCacheError, OSError):  # the view may be gone
+        with contextlib.suppress(FeatureCacheError, OSError):  # the view may be gone, or another of its name
             stored = View(local_place(view["path"]), columns_only=True)
-            extract, copies = stored.extract_command(run.output), stored.augmented and str(stored.augmented)
+            if stored.fingerprint == view.get("fingerprint") and run.is_of_images_in(stored):
+                extract = stored.extract_command(run.output)
     backbone = [str(provenance[key]) for key in ("backbone", "id", "revision") if provenance.get(key)]
     facts = {
         "view": view["label"],
@@ -115,7 +117,7 @@ def _origin(run: Run, names: Sequence[str]) -> dict[str, Any]:
         "weights": None if pixels else "random: never trained" if view["untrained"] else "trained",
         "licence of the weights": None if view["untrained"] else provenance.get("licence"),
         "data": (view.get("source") or {}).get("data"),
-        "augmented copies": copies,
+        "augmented copies": view.get("copies"),
         "splits": splits.get("how"),
         "images": split_counts(run),
         "the test images": f"BLAKE2b-128 of their digests: {splits['digest']}",

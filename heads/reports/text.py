@@ -12,7 +12,7 @@ from featurecache.formatting import abbreviated, aligned, columns, counted, numb
 from heads.evaluation.answer import signed_text
 from heads.evaluation.comparison import compare
 from heads.evaluation.costs import COSTS, cost_rows, cost_text, devices_words, run_cost, run_cost_line
-from heads.evaluation.families import families_of, fraction_of, run_setting
+from heads.evaluation.families import families_of, fraction_of, run_setting, shown_controls
 from heads.evaluation.selection import selection_key
 from heads.metrics.classification import COMPARED, UNTRAINED
 from heads.reports.listing import made_words
@@ -214,10 +214,9 @@ def external_table(family: dict[str, Any], view: str, task: str, n_test: int) ->
 
 
 def comparison_table(runs: Sequence[Run]) -> str:
-    """Controls first (those of the first run that has some), then the runs, best on val first: the first run's
-    criterion, ties by val NLL. Runs that were not tested on the same images with the same classes are shown, and it is
-    said."""
-    controls: list[dict[str, Any]] = next((run.metrics["controls"] for run in runs if run.metrics["controls"]), [])
+    """Controls first (`shown_controls`), then the runs, best on val first: the first run's criterion, ties by val NLL.
+    Runs that were not tested on the same images with the same classes are shown, and it is said."""
+    controls = shown_controls(runs, _best_first(runs)[:1])
     task, key = runs[0].task, measure_name(runs[0].config["chosen"]["by"])
     shown = COMPARED[task]
     rows = [_header(key, shown, task), *(_control_row(control, key, shown) for control in controls)]

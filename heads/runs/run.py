@@ -16,7 +16,7 @@ from torch import nn
 from featurecache.arithmetic import exact_arithmetic
 from featurecache.errors import BadOption, FeatureCacheError, RunError, nearest
 from featurecache.files.delimited import data_frame
-from featurecache.formatting import exact_number, html_table, number, text_of, with_addresses
+from featurecache.formatting import exact_number, html_table, join_names, number, text_of, with_addresses
 from featurecache.images.headers import READING, check_crop
 from featurecache.images.preprocessing import Preprocess
 from featurecache.store.schema import source_options
@@ -27,15 +27,16 @@ from heads.models.common import FINETUNE, Input, rows_at_once
 from heads.models.finetune import load_finetuned
 from heads.pixel_view import PixelView, open_dataset
 from heads.runs.records import BACKBONE, RunRecord, list_records, load_record, read_csv, read_tensors
-from heads.settings import METRICS, STANDARDIZE, TABLE, Settings, flag, title
-from heads.task import Predictions, Standardize
+from heads.settings import METRICS, SPLITS, STANDARDIZE, TABLE, Settings, flag, title
+from heads.task import FeatureView, Predictions, Standardize
 
 if TYPE_CHECKING:
     import pandas
 
     from featurecache.sources.base import Dataset
 
-_COLUMNS = ("digests", "clusters", "labels", "logits")
+_ANSWERS = "answers.safetensors"
+_COLUMNS = ("clusters", "labels", "logits")
 
 TABLES = ("predictions", "splits", "history", "metrics")
 # columns of text; the others are numbers
@@ -106,16 +107,35 @@ class Run(RunRecord):
 
     def answers(self, split: str) -> Predictions:
         """What it said of "val" or "test", checked against splits.csv; raises RunError where the file does not fit."""
-        file = self.path / "answers.safetensors"
-        tensors, ids = read_tensors(self.read(file.name), file), self.ids
+        tensors, ids = self._answer_tensors(), self.ids
         columns = {name: tensors[key].numpy() for name in _COLUMNS if (key := f"{split}.{name}") in tensors}
         rows, answers = tensors.get(f"{split}.rows", torch.zeros(0)).numpy(), None
         if rows.dtype == np.int64 and rows.ndim == 1 and ((rows >= 0) & (rows < len(ids))).all():
-            names = [ids[row] for row in rows]
+            names, columns["digests"] = [ids[row] for row in rows], self._octets(tensors)[rows]
             answers = self.checked_answers(names, columns, bool(self.config["splits"].get("grouped")))
         if answers is None:
-            raise RunError(f"{file} does not fit the run: what it says of {split} is not whole.")
+            raise RunError(f"{self.path / _ANSWERS} does not fit the run: what it says of {split} is not whole.")
         return answers
+
+    def digests(self, *splits: str) -> np.ndarray:
+        """S32 [n]: of the images in these splits, in the order of the view."""
+        return _digests_of(self._octets(self._answer_tensors())[np.isin(self.splits.astype(str), splits)])
+
+    def is_of_images_in(self, view: FeatureView) -> bool:
+        """Whether a view has, under the same ids, every image that was trained or tested on."""
+        used = self.splits != ""
+        there = set(zip(view.ids, map(bytes, view.digests), strict=True))
+        return there.issuperset(zip(self.ids[used], map(bytes, self.digests(*SPLITS)), strict=True))
+
+    def _answer_tensors(self) -> dict[str, torch.Tensor]:
+        return read_tensors(self.read(_ANSWERS), self.path / _ANSWERS)
+
+    def _octets(self, answers: dict[str, torch.Tensor]) -> np.ndarray:
+        """uint8 [N, 16]: the digest of every row of the view, in its order."""
+        octets = answers.get("digests", torch.zeros(0)).numpy()
+        if octets.shape != (len(self.ids), 16) or octets.dtype != np.uint8:
+            raise RunError(f"{self.path / _ANSWERS} does not fit the run: it has not the digest of each image.")
+        return octets
 
     def checked_answers(self, ids: list[str], columns: dict[str, np.ndarray], grouped: bool) -> Predictions | None:
         """From the columns of a file; None where their shapes, types or labels do not fit."""
@@ -128,7 +148,7 @@ class Run(RunRecord):
         y, raw = columns["labels"], columns["logits"]
         if self.task != "multilabel" and not ((y >= 0) & (y < classes)).all():
             return None
-        digests = np.array([row.tobytes().hex().encode() for row in columns["digests"]], "S32")
+        digests = _digests_of(columns["digests"])
         return Predictions(ids, digests, columns["clusters"], grouped, y, raw, self.calibration(raw))
 
     @cached_property
@@ -202,6 +222,10 @@ def open_run_dataset(run: Run) -> Dataset:
         raise RunError(f"the images of {run.path} cannot be had: {error}") from error
 
 
+def _digests_of(octets: np.ndarray) -> np.ndarray:
+    return np.array([row.tobytes().hex().encode() for row in octets], "S32")
+
+
 def preprocess_of(run: Run) -> Preprocess:
     """How a run on pixels resizes; RunError where its config is damaged."""
     record = run.config["spec"].get("preprocess")
@@ -240,7 +264,7 @@ def option_words(settings: dict[str, Any], published: dict[str, Any] | None = No
         if isinstance(value, bool):
             words.append(flag(name) if value else flag(f"no_{name}"))
         elif isinstance(value, list | tuple):
-            each = [",".join(value)] if name == "only" and value else map(str, value)
+            each = [join_names(value)] if name == "only" and len(value) > 1 else map(str, value)
             words += [word for text in each for word in (flag(name), text)]
         else:
             words += [flag(name), exact_number(value) if isinstance(value, float) else str(value)]
@@ -248,8 +272,11 @@ def option_words(settings: dict[str, Any], published: dict[str, Any] | None = No
 
 
 def view_word(label: str, path: str | Path) -> str:
-    """How --features names a view: its label, or where it lies in no default cache its path or address."""
-    return label if is_default_cache(str(path).rsplit("/", 2)[0]) else with_addresses(str(path))
+    """How --features names a view at any time, whatever others are made: by the folder of its store, or where it lies
+    in no default cache by its path or address."""
+    *cache, store, _ = str(path).rsplit("/", 2)
+    usual = is_default_cache("".join(cache) or ".")
+    return f"{store}/{label.rpartition('/')[2]}" if usual else with_addresses(str(path))
 
 
 def source_words(source: dict[str, Any]) -> list[str]:

@@ -230,20 +230,18 @@ def json_bytes(record: dict[str, Any]) -> bytes:
     return text.encode("utf-8", "backslashreplace")
 
 
-def answer_columns(digests: np.ndarray, clusters: np.ndarray, y: np.ndarray, raw: np.ndarray) -> dict[str, np.ndarray]:
-    """Raw logits of n images beside their labels, digests (uint8 [n, 16]) and clusters, as they lie in a file."""
-    octets = np.frombuffer(bytes.fromhex("".join(d.decode() for d in digests)), np.uint8).reshape(-1, 16)
-    return {"digests": octets, "clusters": clusters, "labels": y, "logits": raw}
+def digest_octets(digests: np.ndarray) -> np.ndarray:
+    """Digests S32 [n] as they lie in a file: uint8 [n, 16]."""
+    return np.frombuffer(bytes.fromhex("".join(d.decode() for d in digests)), np.uint8).reshape(-1, 16)
 
 
 def _answer_tensors(contents: RunContents) -> dict[str, torch.Tensor]:
-    """The content of ``answers.safetensors``: the answers of each split and the rows they are of."""
-    tensors: dict[str, torch.Tensor] = {}
+    """The content of ``answers.safetensors``: digests of all rows; answers of each split and the rows they are of."""
+    columns = {"digests": digest_octets(contents.digests)}
     for split, (rows, raw) in contents.predictions.items():
-        own = contents.digests[rows], contents.clusters[rows], contents.labels[rows]
-        columns = {"rows": rows, **answer_columns(*own, raw)}
-        tensors |= {f"{split}.{name}": torch.from_numpy(np.array(values)) for name, values in columns.items()}
-    return tensors
+        own = {"rows": rows, "clusters": contents.clusters[rows], "labels": contents.labels[rows], "logits": raw}
+        columns |= {f"{split}.{name}": values for name, values in own.items()}
+    return {name: torch.from_numpy(np.array(values)) for name, values in columns.items()}
 
 
 def csv_bytes(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> bytes:

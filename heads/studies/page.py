@@ -25,7 +25,7 @@ from heads.reports.drawing import Figure, Plot, short, style_of
 from heads.reports.gallery import ImageLoader
 from heads.reports.ledger import write_report_files
 from heads.reports.page import hashed, part_context, render_page, render_part
-from heads.reports.provenance import origins, sweep_command
+from heads.reports.provenance import origins, sweep_commands
 from heads.reports.side_by_side import learning_figure, overlaid_curves
 from heads.reports.text import subtitle_words
 from heads.runs.run import Run, name_of
@@ -194,11 +194,11 @@ def _commands(result: StudyResult) -> list[tuple[str, str]]:
     words += ["--quick"] if options.quick else ["--random-weights"] if options.random_weights else []
     words += [word for name, path in options.weights.items() for word in ("--weights", f"{name}={path}")]
     words += [word for name in NUMBERS if (n := getattr(options, name)) for word in (flag(name), str(n))]
-    commands = {"The study:": shell_words([*words, "--out", str(result.folder)])}
+    commands = {shell_words([*words, "--out", str(result.folder)]): "The study:"}
     for step, family, _ in (row for table in result.tables for row in table.rows):
-        if command := sweep_command(Path(family.runs[0].path).parent.parent):
-            commands[f"{step}:"] = command
-    return list(commands.items())
+        for command in sweep_commands(Path(family.runs[0].path).parent.parent):
+            commands.setdefault(command, f"{step}:")
+    return [(step, command) for command, step in commands.items()]
 
 
 def _maps(result: StudyResult) -> Iterator[tuple[str, int, int, str]]:

@@ -7,6 +7,7 @@
       search.jsonl      with --search optuna: a line for every batch of trials
       report.html …     written by the command
 
-A killed sweep continues where it was; the same one with more options computes only what is new. Another sweep, of other
-images or with another protocol, is refused.
+A killed sweep continues where it was; the same one with more options computes only what is new. Features that were
+extracted otherwise since join it as another view, under another name. Another sweep, of other images, with another
+protocol or another version of a head of one's own, is refused.
 """

@@ -19,7 +19,7 @@ from featurecache.errors import RunError
 from featurecache.files.names import check_path
 from featurecache.files.records import canonical_json
 from heads.evaluation.families import Family
-from heads.evaluation.selection import Row, family_of, select_setting, selection_key
+from heads.evaluation.selection import Row, family_of, newest_rows, select_setting, selection_key
 from heads.models.catalogue import head_info
 from heads.runs.folder import check_listed, is_leftover, read_whole_tensors, write_record, write_tensors
 from heads.runs.records import NEEDED
@@ -27,8 +27,8 @@ from heads.runs.run import Run, hash_of, load_run
 from heads.runs.write import RunContents, check_out
 from heads.sweeps.journal import RECORD, ROWS, read_journal, read_sweep_record
 from heads.sweeps.plan import SweepPlan, family_text
-from heads.task import clusters_of
-from heads.training.job import TrainingJob
+from heads.task import FeatureView, clusters_of
+from heads.training.job import TrainingJob, code_hash
 
 STAGED = ".unchosen"
 
@@ -79,17 +79,29 @@ class StagedRuns:
 
 def open_sweep(out: str | Path | None, plan: SweepPlan) -> Path:
     """The folder of a planned sweep; where one lies in it, the plan takes the names of views and the budget of memory
-    that it began with. Raises RunError where it holds another sweep, or anything else."""
+    that it began with. No two views in it have one name. Raises RunError where it holds another sweep, or anything
+    else."""
     frame = _frame(plan)
     folder = check_out(out, RECORD, "sweep") if out is not None else _free_folder(plan.matched.views[0].name, frame)
+    names, keys = dict[str, str](), [_view_key(view) for view in plan.matched.views]
     if (folder / RECORD).exists():
         record = read_sweep_record(folder)
         if difference := _difference(record["frame"], frame):
             raise RunError(f"{folder} holds a sweep {difference}. Its numbers would not compare; give another --out.")
-        names, views = record["views"], plan.matched.views
-        plan.families = [replace(f, view=names.get(views[f.number].fingerprint, f.view)) for f in plan.families]
+        names |= record["views"]
         plan.ram = record["ram"] if plan.spec.base.ram is None else plan.ram
+    for view, key in zip(plan.matched.views, keys, strict=True):
+        copies = f"{view.label}{key.removeprefix(view.fingerprint)}"
+        ways = (view.label, copies, f"{copies} ({view.fingerprint[:8]})", f"{copies} ({view.fingerprint})")
+        if key not in names:
+            names[key] = next(way for way in ways if way not in names.values())
+    plan.families = [replace(family, view=names[keys[family.number]]) for family in plan.families]
     return folder
+
+
+def _view_key(view: FeatureView) -> str:
+    """Which features a view holds, and which augmented copies."""
+    return view.fingerprint + (f" with {view.augmented}" if view.augmented else "")
 
 
 def _free_folder(view: str, frame: dict[str, Any]) -> Path:
@@ -111,12 +123,16 @@ def _frame(plan: SweepPlan) -> dict[str, Any]:
         "images": matched.digest(), "number of images": len(matched.rows[0]), "classes": list(plan.task.classes),
         "folds": plan.spec.folds, **{name: getattr(base, name) for name in names},
         "splits": matched.digest(plan.splits(0, 1.0, plan.spec.resplits[0]).names),
+        "code": {head: code for head in plan.spec.heads if (code := code_hash(head))},
     }  # fmt: skip
 
 
 def _difference(old: dict[str, Any], new: dict[str, Any]) -> str:
     """What of a frame is other, in words; "" where nothing is."""
-    name = next((key for key in new if old.get(key, ...) != new[key]), "")
+    code = old.get("code", {})
+    if changed := [head for head, word in new["code"].items() if code.get(head, word) != word]:
+        return f"with another version of {', '.join(changed)}"
+    name = next((key for key in new if key != "code" and old.get(key, ...) != new[key]), "")
     values = (old.get(name), new.get(name))
     there, here = (", ".join(v) if isinstance(v, list) else "none" if v is None else v for v in values)
     counts = f"{old.get('number of images')} there, {new['number of images']} here"
@@ -131,13 +147,15 @@ def write_sweep(folder: Path, plan: SweepPlan) -> None:
     """Write what the sweep is, or what it is now."""
     spec = json.loads(json.dumps(plan.spec.to_dict()))
     now = datetime.now(timezone.utc).isoformat(timespec="seconds")
-    first: dict[str, Any] = {"created": now, "asked": []}
+    first: dict[str, Any] = {"created": now, "asked": [], "commands": [], "frame": {}, "ram": plan.ram, "views": {}}
     old = read_sweep_record(folder) if (folder / RECORD).exists() else first
     old.pop("files", None)  # it lists them again when it is finished
-    labels = {plan.matched.views[f.number].fingerprint: f.view for f in plan.families}
+    labels = {_view_key(plan.matched.views[f.number]): f.view for f in plan.families}
+    frame, command = _frame(plan), plan.command(folder)
+    frame["code"] = old["frame"].get("code", {}) | frame["code"]
     new = {
-        "select": plan.spec.base.select, "frame": _frame(plan), "ram": plan.ram, "featurecache": __version__,
-        "views": old.get("views", {}) | labels, "command": plan.command(folder),
+        "select": plan.spec.base.select, "frame": frame, "featurecache": __version__, "views": old["views"] | labels,
+        "commands": list(dict.fromkeys([*old.get("commands", []), command])),
         "asked": [*(each for each in old["asked"] if each != spec), spec],
     }  # fmt: skip
     write_record(folder / RECORD, old | new)
@@ -155,14 +173,14 @@ def slug(row: Row) -> str:
     return f"{text}-{hash_of(canonical_json(place))[:12]}"
 
 
-def key_in(path: Path) -> str | None:
-    """Which head a run folder of the sweep holds; None where it is none, or not whole."""
+def run_at(path: Path) -> Run | None:
+    """The head in a run folder of the sweep; None where it is none, or not whole."""
     try:
         run = load_run(path)
         run.check()
     except RunError:
         return None
-    return run.config.get("sweep", {}).get("key")
+    return run
 
 
 @dataclass(frozen=True)
@@ -236,4 +254,4 @@ def _add_family(sweep: Sweep, family: tuple[str, str, str, float], rows: list[Ro
             return
         run.check(NEEDED[1:])
         runs.append(run)
-    sweep.families.append(Family(*family, tuple(runs), tuple(rows)))
+    sweep.families.append(Family(*family, tuple(runs), tuple(newest_rows(rows))))

@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from featurecache.errors import BadOption, nearest
+from featurecache.errors import BadOption, nearest, plain_value
 from featurecache.formatting import exact_number
 from featurecache.outputs import members
 from heads.models.catalogue import head_info
@@ -78,12 +78,15 @@ class SweepSpec:
         folds: int | None = None, search: str | None = None, trials: int | None = None, **options: Any,
     ) -> SweepSpec:  # fmt: skip
         """From options as people and the command line give them; raises BadOption."""
+        options = {name: plain_value(name, value, "") for name, value in options.items()}
         options = {name: value for name, value in options.items() if value is not None and value not in ((), [])}
         given = tuple(sorted(options))
         if search not in (None, "optuna"):
             raise BadOption(f"--search {search}: it is optuna, or left out for a grid.")
         if (search is None) != (trials is None):
             raise BadOption("--search optuna and --trials N go together.")
+        seeds, repeats = plain_value("--seeds", seeds, "int"), plain_value("--repeats", repeats, "int")
+        trials, folds = plain_value("--trials", trials, "int | None"), plain_value("--folds", folds, "int | None")
         counts = (("seeds", seeds, 1), ("repeats", repeats, 1), ("trials", trials, 1), ("folds", folds, 2))
         for name, value, low in counts:
             if value is not None and value < low:
@@ -93,7 +96,7 @@ class SweepSpec:
                 raise BadOption(f"--{name} is for one head; a sweep has --{name}s.")
         grid = _grid(options, search is not None)
         base = Settings.of("", **{name: value for name, value in options.items() if name not in grid})
-        parts = numbers("fractions", fractions)
+        parts = numbers("fractions", plain_value("fractions", fractions, ""))
         for name, values in {**grid, "fraction": parts}.items():
             tried: Any = (values.low, values.high) if isinstance(values, Range) else values
             for each in tried:

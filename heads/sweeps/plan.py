@@ -146,6 +146,9 @@ class SweepPlan:
         """The heads of a family on one resplit, with their keys: one word for everything that decides a row, never a
         path, a date or a count of threads."""
         settings = self.heads(family, resplit, variants)
+        return settings, self.keys(family, resplit, settings)
+
+    def keys(self, family: PlannedFamily, resplit: Resplit, settings: Sequence[Settings]) -> list[str]:
         place = (family, resplit, tuple(settings))
         if place not in self._keys:
             job, drawn = self.job(family, resplit), (family.number, family.fraction, resplit)
@@ -156,25 +159,26 @@ class SweepPlan:
                 "images": self._images[drawn], "code": code_hash(family.head),
                 "standardize": standardization(job.settings),
             }  # fmt: skip
-            by_size = {each.batch_size: each for each in settings}
+            by_size = {(each.batch_size, each.ram): each for each in settings}
             windows = {size: memory_plan(replace(job, settings=each))[1] for size, each in by_size.items()}
             own = [{k: v for k, v in each.to_dict().items() if k not in NOT_IN_KEY} for each in settings]
-            records = [shared | {"settings": each, "window": windows[each["batch_size"]]} for each in own]
+            sizes = [windows[each.batch_size, each.ram] for each in settings]
+            records = [shared | {"settings": e, "window": size} for e, size in zip(own, sizes, strict=True)]
             self._keys[place] = [hash_of(canonical_json(record)) for record in records]
-        return settings, self._keys[place]
+        return self._keys[place]
 
     def job(self, family: PlannedFamily, resplit: Resplit, settings: Settings | None = None) -> TrainingJob:
         """``settings``: those of a head that was trained before; else the first of the grid."""
         first = {name: v.low if isinstance(v, Range) else v[0] for name, v in self.spec.grid.items()}
         settings = settings or self.heads(family, resplit, [first])[0]
         splits = self.splits(family.number, family.fraction, resplit)
-        return prepare_training(self.matched.views[family.number], replace(settings, ram=self.ram), splits)
+        return prepare_training(self.matched.views[family.number], settings, splits)
 
     def command(self, folder: Path) -> str:
         """The command line that asks for this sweep."""
         spec, views = self.spec, self.matched.views
-        labels = {f.view: views[f.number].path for f in self.families if not is_baseline(f.head)}
-        features = ",".join(view_word(label, path) for label, path in labels.items())
+        numbers = dict.fromkeys(f.number for f in self.families if not is_baseline(f.head))
+        features = ",".join(view_word(views[number].label, views[number].path) for number in numbers)
         options = {"heads": ",".join(spec.heads), "features": features, "outputs": ",".join(spec.outputs)}
         options |= {name: _values_text(values) for name, values in spec.grid.items() if name != "augment"}
         options |= {"seeds": str(spec.seeds) if spec.seeds > 1 else ""}

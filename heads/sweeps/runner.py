@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from featurecache.errors import ProtocolError, Stopped
+from featurecache.errors import ProtocolError, RunError, Stopped
 from featurecache.files.records import canonical_json
 from featurecache.formatting import counted, duration, work_bar
-from heads.evaluation.controls import measure_controls
+from heads.evaluation.controls import add_controls, measure_controls
 from heads.evaluation.selection import Row, Selection, family_of, mean_of, select_setting, setting_of
 from heads.models.common import FINETUNE
 from heads.models.tokens import FixedVectorLinear
@@ -25,7 +25,7 @@ from heads.runs.folder import seal_folder
 from heads.runs.run import hash_of
 from heads.runs.write import RunTarget, write_run
 from heads.settings import METRICS, Settings
-from heads.sweeps.folder import StagedRuns, key_in, slug
+from heads.sweeps.folder import StagedRuns, run_at, slug
 from heads.sweeps.grid import Range, Resplit
 from heads.sweeps.journal import RECORD, ROWS, SEARCH, JournalFile, read_sweep_record
 from heads.sweeps.plan import STEPPED, PlannedFamily, SweepPlan
@@ -39,6 +39,7 @@ from heads.training.network import say_resumed, with_backbone
 from heads.training.train import FittedHead, run_contents, train_together
 
 SOLVED = 1.0  # seconds of a solved head, for the bar alone
+GONE = "the order of its images or the form of keys is another. Another --out begins anew."
 
 
 class SweepBar:
@@ -173,15 +174,22 @@ class SweepRunner:
 
     def _keep(self, family: PlannedFamily, row: Row) -> None:
         """The run folder of a chosen head, unless it is there."""
-        path = self.folder / "heads" / slug(row)
-        if key_in(path) == row["key"]:
+        path, resplit = self.folder / "heads" / slug(row), Resplit(row["repeat"], row["fold"])
+        there = run_at(path)
+        if there and there.config.get("sweep", {}).get("key") == row["key"]:
+            if not there.metrics["controls"] and (controls := self._controls_for(family, resplit)):
+                add_controls(there, controls)
             return
-        resplit = Resplit(row["repeat"], row["fold"])
-        job = self.plan.job(family, resplit, Settings.from_dict(row["settings"]))
+        splits, began = self.plan.spec.base.splits, read_sweep_record(self.folder)["ram"]
+        # the whole set that it was trained in, as alone it would differ in the last digits, and within the same memory
+        rows = self.journal.together_with(row["key"])
+        settings = [Settings.from_dict(each["settings"]) for each in rows]
+        settings = [replace(each, ram=began if each.ram is None else each.ram, splits=splits) for each in settings]
+        job = self.plan.job(family, resplit, settings[row["together"][0]])
         contents = self.staged.take(row["key"], job)
-        if contents is None:  # the whole set that it was trained in: alone it would differ in the last digits
-            rows, ram, splits = self.journal.together_with(row["key"]), job.settings.ram, job.settings.splits
-            settings = [replace(Settings.from_dict(each["settings"]), ram=ram, splits=splits) for each in rows]
+        if contents is None:
+            if self.plan.keys(family, resplit, settings) != [each["key"] for each in rows]:
+                raise RunError(f"{path} is lost, and what it was trained on is no longer there as it was: {GONE}")
             chunk = [(own, each["key"]) for own, each in zip(settings, rows, strict=True)]
             self._train_set(job, family, resplit, chunk, again=True)
             contents = self.staged.take(row["key"], job)
@@ -289,7 +297,7 @@ def _family_line(family: PlannedFamily, choice: Selection, rows: Sequence[Row], 
     text = ", ".join(f"{n.replace('_', ' ')} {_value_text(choice.setting[n])}{ends.get(n, '')}" for n in varied)
     among = f", the best of {choice.tried} settings: {text}" if choice.tried > 1 else ""
     few, verb = choice.incomplete, "is" if choice.incomplete == 1 else "are"
-    partly = f"; {counted(few, 'setting')} with fewer draws or seeds {verb} not compared" if few else ""
+    partly = f"; {counted(few, 'setting')} with other draws or seeds {verb} not compared" if few else ""
     failed = sum(row["failed"] is not None for row in rows)
     lost = f"; {failed} of {counted(len(rows), 'head')} failed" if failed else ""
     heads = counted(len(choice.rows), "head")

@@ -54,9 +54,12 @@ class TrainingJob:
         return Input.of(self.view.info(self.output))
 
 
-def prepare_training(view: FeatureView | str | Path, settings: Settings, splits: Splits | None = None) -> TrainingJob:
-    """The task, the output and the splits of a training, checked. ``splits``: splits that are given from elsewhere."""
-    if isinstance(view, str | Path):
+def prepare_training(
+    view: FeatureView | str | Path | None, settings: Settings, splits: Splits | None = None
+) -> TrainingJob:
+    """The task, the output and the splits of a training, checked. ``view``: None is the newest; ``splits``: splits that
+    are given from elsewhere."""
+    if view is None or isinstance(view, str | Path):
         from featurecache.store.write_view import open_view
 
         view = open_view(view)
@@ -198,7 +201,7 @@ def _head_line(job: TrainingJob) -> str:
     settings, task, info = job.settings, job.task, head_info(job.settings.head)
     select = "loss" if settings.select == "loss" else title(settings.select, task.kind)
     kind = standardization(settings)
-    scaled = "" if kind == "none" else f"; {kind} by train"
+    scaled = "" if kind == "none" else f"; {kind}{' by train' if kind == 'zscore' else ''}"
     if info.solved:
         return f"{settings.head}: solved{scaled}; chosen by {select} on val"
     decay = f", weight decay {settings.weight_decay:g}" if settings.weight_decay else ""

@@ -275,6 +275,29 @@ def test_train_head_and_predict_agree_with_the_library(tmp_path: Path):
     assert "{" not in told.stdout and "next       featurecache report runs/d-linear-1" in told.stderr
 
 
+def test_groups_in_two_splits_are_said_before_training_and_listed_by_the_command_that_it_prints(tmp_path: Path):
+    image_folder(tmp_path / "d", 60)
+    rows = [f"{path.relative_to(tmp_path)},{path.parent.name}" for path in sorted((tmp_path / "d").rglob("*.png"))]
+    places = [("train", "val", "test")[k % 3] + f",p{k // 2 if k == 1 else k}" for k in range(60)]
+    lines = [f"{row},{place}" for row, place in zip(rows, places, strict=True)]
+    (tmp_path / "d.csv").write_text("\n".join(["path,label,split,group", *lines]))
+    for said in (extract("d.csv", "--dry-run").stdout, extract("d.csv", "--cache", "c").stderr):
+        assert "warning    1 group stands in both train and val\n" in said
+    head = call("train-head", "--head", "linear", "--epochs", 1, "--no-controls", "--cache", "c", "--no-images")
+    command = re.search(r"\(featurecache (leaks .+?); --drop-leaks", head.stderr)
+    assert command and re.search("same group +train and val +1 group", call(*shlex.split(command[1])).stdout)
+
+
+def test_leaks_of_a_sweep_are_those_of_the_head_that_it_chose(tmp_path: Path):
+    extract(image_folder(tmp_path / "d", 60))
+    words = ("--heads", "linear,ridge", "--epochs", 1, "--no-controls", "--no-images", "--out", "s")
+    assert call("ablate", *words).exit_code == 0
+    done = call("leaks", "--run", "s")
+    assert done.exit_code == 0, done.output
+    (chosen,) = re.findall(r"run +(s/heads/\S+) +\(the choice of the sweep s\)", done.stderr)
+    assert f"--splits {chosen}/splits.csv" in done.stderr
+
+
 def test_predict_says_what_decides_of_two_classes_and_that_images_are_nearly_black(tmp_path: Path):
     extract(image_folder(tmp_path / "d", 60))
     call("train-head", "--head", "linear", "--epochs", "1", "--no-controls")

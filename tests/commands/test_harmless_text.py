@@ -96,7 +96,7 @@ def test_whatever_was_written_comes_back(text: str) -> None:
     assert cell(text)[:1] not in tuple("=@＝＋－＠\t\r\n")
 
 
-@pytest.mark.parametrize("names", [["a", "b"], ["mild, left", 'a"b', "c"], ["\u00fc"]])
+@pytest.mark.parametrize("names", [["a", "b"], ["mild, left", 'a"b', "c"], ["\u00fc"], ["a\nb", "c"]])
 def test_names_with_commas_and_quotes_survive_an_option(names):
     assert names_in(join_names(names)) == names
 

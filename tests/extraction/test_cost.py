@@ -291,20 +291,24 @@ def test_times_have_three_digits_and_counts_all():
 
 
 @pytest.mark.parametrize(
-    ("shares", "words"),
+    ("shares", "seconds", "words"),
     [
-        ((0.9, 0.06, 0.04), "90 % in the network, 6 % waiting for decoded images, 4 % waiting for the disk\n"),
-        ((0.5, 0.3, 0.2), "more decode threads (--workers) or a faster disk would help\n"),
-        ((0.5, 0.1, 0.4), "fewer outputs (--outputs) or a faster disk would help\n"),
+        ((0.9, 0.06, 0.04), 900, "90 % in the network, 6 % waiting for decoded images, 4 % waiting for the disk\n"),
+        ((0.5, 0.3, 0.2), 20, "more decode threads (--workers) or a faster disk would help\n"),
+        ((0.5, 0.1, 0.4), 20, "fewer outputs (--outputs) or a faster disk would help\n"),
+        ((0.5, 0.05, 0.45), 3, "50 % in the network, 5 % waiting for decoded images, 45 % waiting for the disk\n"),
     ],
 )
 def test_the_last_lines_say_where_the_time_went_and_what_would_help(
-    home: Path, shares: tuple[float, float, float], words: str
+    home: Path, shares: tuple[float, float, float], seconds: float, words: str
 ) -> None:
     result = extract(home)
     assert set(result.shares) == {"computing", "decoding", "writing"} and sum(result.shares.values()) == pytest.approx(
         1
     )
-    result = replace(result, shares=dict(zip(result.shares, shares, strict=True)))
+    result = replace(result, seconds=seconds, shares=dict(zip(result.shares, shares, strict=True)))
     assert words in plan.extraction_summary(result, "vit/data")
+    many = replace(result, failed=[(f"{k}.png", "no image") for k in range(11)])
+    more = f"more; featurecache info vit/data --cache {home / 'cache'} lists them"
+    assert more in plan.extraction_summary(many, "vit/data")
     assert "network" not in plan.extraction_summary(replace(result, computed=0), "vit/data")

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 from support.pictures import image_folder
 
 import featurecache
 from featurecache.errors import BadOption, DamagedFile, OutputRefused
 from featurecache.extraction import plan
+from featurecache.files.records import canonical_json
 from featurecache.store.view import View
 
 
@@ -57,3 +59,25 @@ def test_a_zero_byte_in_a_column_is_refused_before_an_image_is_read(tmp_path: Pa
 def test_no_images_at_a_time_and_no_threads_are_refused(tmp_path: Path, data: Path, vit: str, option: str) -> None:
     with pytest.raises(BadOption, match=f"--{option.replace('_', '-')} is at least 1, not 0"):
         plan.prepare(data, backbone=vit, cache=tmp_path, **{option: 0})
+
+
+def test_numbers_of_numpy_are_those_of_python(tmp_path: Path, data: Path, vit: str) -> None:
+    how = {"limit": 4, "limit_seed": 1, "image_size": 64, "batch_size": 2, "workers": 1}
+    given = plan.prepare(data, backbone=vit, cache=tmp_path, **{name: np.int64(value) for name, value in how.items()})
+    own = plan.prepare(data, backbone=vit, cache=tmp_path, **how)
+    assert (given.dataset.source, given.spec, given.workers) == (own.dataset.source, own.spec, own.workers)
+    assert canonical_json([given.dataset.source, given.spec.to_dict()])
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"limit": 2.5}, "--limit is 2.5; it must be a whole number"),
+        ({"image_size": "64"}, "--image-size is '64'; it must be a whole number"),
+        ({"hash_ids": "no"}, "--hash-ids is 'no'; it must be True or False"),
+        ({"columns": "label=site"}, "columns is 'label=site'; it must be a dict of column by role"),
+    ],
+)
+def test_an_option_of_another_type_is_refused(tmp_path: Path, data: Path, vit: str, options, says: str) -> None:
+    with pytest.raises(BadOption, match=says):
+        featurecache.extract(data, backbone=vit, cache=tmp_path, **options)

@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -251,14 +251,14 @@ def test_sources_that_hold_locks_and_open_files_go_to_other_processes(tmp_path: 
         assert [np.array_equal(pickle.loads(carried).read(k), source.images.read(k)) for k in range(4)] == [True] * 4
 
 
-def started(*words: str, rows: int) -> subprocess.Popen[str]:
-    """The command in a process of its own, in shards of so many ``rows``."""
+def started(*words: str, rows: int, alone: bool = False) -> subprocess.Popen[str]:
+    """The command in a process of its own, in shards of so many ``rows``; ``alone``: with a group of its own."""
     small = f"from featurecache.store import store; store.SHARD_ROWS = {rows}"
     command = [sys.executable, "-c", f"{small}\nimport cli\nif __name__ == '__main__': cli.main()"]
     net = "--backbone", BACKBONE["backbone"], "--random-weights", "--outputs", "gap", "--batch-size", "2"
     command += ["extract", "--data", "data", *net, "--cache", "c", "--forward", "library", *words]
     environment = {**os.environ, "PYTHONPATH": str(Path(featurecache.__file__).parents[1])}
-    return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=alone)
 
 
 @pytest.fixture
@@ -322,6 +322,30 @@ def test_stopped_processes_commit_what_they_have_computed(here: Path, number: in
     Path("seconds").write_text("0")
     result = featurecache.extract("data", cache="c", forward="library", **BACKBONE)
     assert result.computed == 64 - int(last.split()[1])
+
+
+def workers_of(pid: int) -> list[str]:
+    """Processes that it started and that are python by now, be it before their imports."""
+    there = list[str]()
+    for folder in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):  # it has ended
+            parent = (folder / "stat").read_text().rpartition(")")[2].split()[1]
+            there += [folder.name] * (parent == str(pid) and b"spawn_main" in (folder / "cmdline").read_bytes())
+    return there
+
+
+@pytest.mark.integration
+def test_an_interrupt_while_processes_start_is_said_by_their_parent_alone(here: Path) -> None:
+    """Ctrl-C goes to all of them, as a terminal sends it."""
+    write_slow_net(0.3)
+    image_folder(here / "data", 16)
+    running = started("--engine", "processes", "--actors", "2", rows=2, alone=True)
+    wait_until(lambda: len(workers_of(running.pid)) == 2)
+    time.sleep(0.1)  # python itself is there; they import
+    os.killpg(running.pid, signal.SIGINT)
+    _, said = running.communicate(timeout=60)
+    assert running.returncode == 1 and said.splitlines()[-1].startswith("stopped. 0 images are safe"), said
+    assert "Traceback" not in said and not passes_by(running.pid)
 
 
 FULL = """

@@ -101,13 +101,15 @@ def test_every_image_below_a_folder_gets_an_answer_however_they_lie_and_so_does_
 
 def test_folders_called_as_classes_show_how_many_are_right(cached, tmp_path):
     said, run = [], cached[2]
-    folder = new_images(tmp_path, "test/kind 0/a.png", "test/kind 1/x/b.png", "c.png", "kind 0/kind 1/d.png")
+    folder = new_images(tmp_path, "test/Kind 0/a.png", "test/kind 1/x/b.png", "c.png", "kind 0/kind 1/d.png")
     records = predict(run, folder, say=said.append)
     assert [record.get("label") for record in records] == [None, None, "kind 0", "kind 1"]  # d.png lies in both
     right = sum(record["class"] == record["label"] for record in records[2:])
     assert said[0].startswith("threshold  kind 1 from ") and said[1] == "predicted  4 images"
-    assert said[2] == f"accuracy   {right / 2:.3f} of 2 images whose class is known by folder or table"
-    assert said[3].startswith("warning    what it was trained on is gone")  # toy.h5 was never written
+    assert said[2] == f"accuracy   {right / 2:.3f} of 2 images whose class is known by folder or table" + (
+        "; 2 others called as none of its classes"
+    )
+    assert len(said) == 3  # nobody knows these images
     rows = list(csv.DictReader(io.StringIO(predictions_csv(records))))
     assert [row["true class"] for row in rows] == ["", "", "kind 0", "kind 1"]
 
@@ -146,10 +148,21 @@ def test_arrays_and_pil_images_from_a_program(cached):
     assert "PIL image of mode F" in record["error"]
 
 
-@pytest.mark.parametrize(("images", "words"), [(3, "the images are int"), ([None], "image 1 is NoneType")])
+@pytest.mark.parametrize(
+    ("images", "words"),
+    [(3, "the images are int"), ([None], "image 1 is NoneType"), ({"path": ["a.png"]}, "the images are dict")],
+)
 def test_what_is_no_image_is_said(cached, images, words):
     with pytest.raises(BadOption, match=words):
         predict(cached[2], images)
+
+
+def test_a_table_in_memory_is_no_image_and_a_column_of_it_is_several(cached):
+    pandas = pytest.importorskip("pandas", reason="pandas is not installed")
+    table = pandas.DataFrame({"path": ["a.png", "b.png"]})
+    assert images_of(table["path"]) == ["a.png", "b.png"]
+    with pytest.raises(BadOption, match="the images are DataFrame; expected paths"):
+        predict(cached[2], table)
 
 
 def test_a_sweep_answers_by_the_run_it_chose(cached, tmp_path, monkeypatch):

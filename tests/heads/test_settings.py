@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import fields
 
 import numpy as np
 import pytest
+import torch
 
 import cli
 from featurecache.errors import BadOption
+from featurecache.files.records import canonical_json
 from heads.runs.run import option_words
 from heads.settings import TABLE, Settings, options_for
 from heads.training.job import check_options
@@ -65,6 +68,33 @@ def test_a_value_outside_its_words_or_interval_is_refused(options, says):
         Settings.of("linear", **options)
 
 
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"epochs": 3.5}, "--epochs is 3.5; it must be a whole number"),
+        ({"seed": 1.5}, "--seed is 1.5; it must be a whole number"),
+        ({"seed": True}, "--seed is True; it must be a whole number"),
+        ({"epochs": None}, "--epochs is None; it must be a whole number"),
+        ({"train_per_class": "3"}, "--train-per-class is '3'; it must be a whole number"),
+        ({"lr": "0.01"}, "--lr is '0.01'; it must be a number"),
+        ({"lr": np.array([0.1, 0.2])}, r"--lr is \[0.1, 0.2\]; it must be a number"),
+        ({"balance": "no"}, "--balance is 'no'; it must be True or False"),
+    ],
+)
+def test_a_value_of_another_type_is_refused(options, says):
+    with pytest.raises(BadOption, match=says):
+        Settings.of("linear", **options)
+
+
+def test_numbers_of_numpy_are_those_of_python():
+    counts = dict.fromkeys(("epochs", "batch_size", "patience", "train_per_class", "folds", "seed"), np.int64(2))
+    given = {**counts, "fold": np.int8(1), "lr": np.float32(0.5), "balance": np.bool_(False), "ram": torch.tensor(0.5)}
+    settings = Settings.of("linear", **given, classes=np.array(["a", "b"]), only=np.array(["a"]))
+    own = {**dict.fromkeys(counts, 2), "fold": 1, "lr": 0.5, "balance": False, "ram": 0.5}
+    assert settings == Settings("linear", **own, classes=("a", "b"), only=("a",))
+    assert Settings.from_dict(json.loads(canonical_json(settings.to_dict()))) == settings
+
+
 def test_the_ends_of_an_interval_belong_to_it_as_its_brackets_say():
     assert Settings("linear", fraction=1.0, dropout=0.0, weight_decay=0.0, patience=0, ram=0.0).fraction == 1
 
@@ -72,7 +102,8 @@ def test_the_ends_of_an_interval_belong_to_it_as_its_brackets_say():
 def test_what_is_for_others_is_refused_where_the_name_is_resolved():
     for head, taken in (("linear", ()), ("cnn-cifar", ("network",)), ("finetune:resnet50", ("network", "finetune"))):
         for name in options_for("network", "finetune"):
-            value = {"augment": "flip", "device": "cuda", "weights": "/w"}.get(name, 1)
+            given = {"augment": "flip", "device": "cuda", "weights": "/w", "image_size": 1, "lora": 1}
+            value = given.get(name, True)
             settings = Settings(head, **{name: value})
             if name in options_for(*taken):
                 check_options(settings)
@@ -86,6 +117,8 @@ def test_the_words_of_a_command_line_are_the_options_that_differ():
     settings = Settings("linear", lr=0.01, balance=False, only=("a", "b"), classes=("c", "d=e,f"), gated=True)
     said = "--lr 0.01 --no-balance --classes c --classes d=e,f --only a,b --gated"
     assert " ".join(option_words(settings.to_dict())) == said
+    assert option_words(Settings("linear", only=("a,b",)).to_dict()) == ["--only", "a,b"]  # as it was typed
+    assert option_words(Settings("linear", only=("a, b", "c")).to_dict()) == ["--only", '"a, b",c']
     assert option_words(Settings("cnn-cifar").to_dict(), {"augment": "flip"}) == ["--augment", "none"]
     assert option_words(Settings("linear", lr=0.012345678).to_dict()) == ["--lr", "0.012345678"]
     assert option_words(Settings("linear", lr=np.float64(0.012345678)).to_dict()) == ["--lr", "0.012345678"]

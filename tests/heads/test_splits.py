@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from support.fake_view import FakeView, label_view, toy_view
 
 from featurecache.errors import BadOption, ProtocolError
+from heads.runs.run import option_words
 from heads.settings import Settings
 from heads.splits import choose_splits, class_counts, read_splits, splits_csv
 from heads.stratify import connected_units, nested_fraction, stratified_parts
@@ -234,6 +235,26 @@ def test_a_class_name_with_comma_or_equals_sign_is_taken_whole():
     assert task_of(view, only=["a,b", "e"]).classes == ("a,b", "e")
 
 
+@pytest.mark.parametrize("only", [["mass, benign", "it's=ok"], ['it\'s=ok,"mass, benign"'], ["kind\n0", "it's=ok"]])
+def test_classes_with_commas_equals_signs_and_quotes_are_taken_again_from_what_is_printed(only):
+    view = three_kinds()
+    view.classes = ["mass, benign", "it's=ok", "kind\n0"]
+    printed = option_words(Settings.of("linear", only=only).to_dict())
+    again = Settings.of("linear", only=printed[1])
+    assert printed[::2] == ["--only"] and len(task_of(view, only=only).classes) == 2
+    assert task_of(view, only=again.only).classes == task_of(view, only=only).classes
+
+
+def test_classes_with_commas_and_equals_signs_can_be_merged():
+    view = three_kinds()
+    view.classes = ["mass, benign", "it's=ok", "virus"]
+    assert task_of(view, classes=['fine="mass, benign",it\'s=ok', "virus"]).classes == ("fine", "virus")
+    with pytest.raises(BadOption, match=r"--classes a=b=virus \(NAME ends at the first =\): no class .* 'b=virus'"):
+        task_of(view, classes=["a=b=virus", "it's=ok"])
+    with pytest.raises(BadOption, match=r"no class is called 'mass'.* The classes are \"mass, benign\", it"):
+        task_of(view, only=["mass, benign,virus"])
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [
@@ -242,6 +263,8 @@ def test_a_class_name_with_comma_or_equals_sign_is_taken_whole():
         ({"classes": ["p=bacteria", "p=virus"]}, "names p twice"),
         ({"classes": ["normal", "virus"], "only": ["virus"]}, "either it or --only"),
         ({"only": ["virus"]}, "one class for this task"),
+        ({"only": [""]}, "no class is called ''"),
+        ({"only": ["vir\nus"]}, "no class is called 'vir.*nus'"),
         ({"positive": "virus"}, "--positive is for two classes"),
         ({"only": ["virus,normal"], "positive": "bacteria"}, "is not a class of this task"),
         ({"view": toy_view(task="unlabelled")}, "carries no labels"),
@@ -333,3 +356,20 @@ def test_folds_leave_a_given_test_out_and_draw_val_anew():
     assert "the given test (50 images) is not touched" in folds[0].how
     counts = [class_counts(f.names, task_of(view)) for f in folds]
     assert {c["test"][0] for c in counts} == {25}
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({}, "(featurecache leaks vit-toy/toy; --drop-leaks"),
+        (
+            {"path": Path("else where/vit-toy/toy.h5")},
+            "(featurecache leaks vit-toy/toy --cache 'else where'; --drop-leaks",
+        ),
+        ({"spec": {"kind": "pixels"}}, "(--drop-leaks"),
+    ],
+)
+def test_the_command_that_lists_leaks_finds_the_view_that_leaks(change, words):
+    view = toy_view(n=240, splits="given", **change)
+    view.digests[view.splits.index("test")] = view.digests[view.splits.index("train")]
+    assert [text for text in split(view)[0].warnings if words in text]

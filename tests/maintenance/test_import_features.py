@@ -201,6 +201,57 @@ def test_a_table_without_paths_is_taken_in_order_and_its_only_column_is_the_labe
     refused("table of labels has 40 rows, the features have 39", npy(X[:39]), labels="t.csv")
 
 
+@pytest.mark.parametrize("name", ["id", "scan"])
+def test_a_table_is_joined_by_the_column_that_holds_the_ids_and_else_its_order_is_said(name):
+    file, table = h5(features=X[:3], ids=["b", "a", "c"]), Path("t.csv")
+    table.write_text(f"{name},label\na,ill\nb,well\nc,ill\n")
+    view = bring(file, labels="t.csv")
+    assert [view.classes[k] for k in view.labels] == ["well", "ill", "ill"] and not view.meta
+    table.write_text("label,age\nill,1\nwell,2\nill,3\n")
+    done = import_view(file, "order", labels="t.csv", cache="cache")
+    assert "Rows of t.csv are taken in the order of the features." in done.notes
+    table.write_text("id,label\nx,ill\ny,well\nz,ill\n")
+    refused(r"lacks 3 ids of the features: b, a, c\. --ids-key '' takes its rows in their order", file, labels="t.csv")
+
+
+def test_what_an_option_names_comes_before_the_table_and_that_before_the_file():
+    own = {"ids": [*"abcd"], "splits": ["train", "val", "test", "test"], "groups": [*"ppqq"]}
+    file, table = h5(features=X[:4], **own), Path("t.csv")
+    table.write_text("path,label\n" + "".join(f"{n},{k}\n" for n, k in zip("dcba", [*"nyny"], strict=True)))
+    view = bring(file, labels="t.csv")
+    assert (view.splits.tolist(), view.groups.tolist()) == (own["splits"], own["groups"])  # the table has none
+    rows = zip("dcba", [*"nyny"], [*"1223"], ["train", "train", "val", "test"], strict=True)
+    table.write_text("path,label,patient,split\n" + "".join(",".join(row) + "\n" for row in rows))
+    view = bring(file, "theirs", labels="t.csv")
+    assert (view.splits.tolist(), view.groups.tolist()) == (["test", "val", "train", "train"], [*"3221"])
+    done = import_view(file, "own", labels="t.csv", groups_key="groups", splits_key="splits", cache="cache")
+    view = View(done.view)
+    assert (view.splits.tolist(), view.groups.tolist()) == (own["splits"], own["groups"])
+    assert not any("groups from" in note for note in done.notes) and view.meta["patient"].tolist() == [3, 2, 2, 1]
+    said = "--groups-key groups and --column group=… both say the groups"
+    refused(said, file, labels="t.csv", groups_key="groups", columns={"group": "patient"}, error=BadOption)
+
+
+def test_classes_and_task_of_an_export_are_of_its_own_labels_alone():
+    view = make_view(Path("ours"), [7, 3, 3, 0, 11, 10])
+    path, table = export_view(view, "set.npz", outputs="cls").path, Path("t.csv")
+    swapped = bring(path, "swapped", classes=view.classes[::-1])
+    assert [swapped.classes[k] for k in swapped.labels] == [view.classes[k] for k in view.labels]
+    assert swapped.classes == view.classes[::-1]
+    table.write_text("path,label\n" + "".join(f"{name},{k}\n" for k, name in enumerate(view.ids)))
+    assert bring(path, "six", labels="t.csv").task == "multiclass"
+    other = bring(path, "other", labels=npy(np.arange(6) % 2, "sex.npy"))
+    assert other.classes == ["0", "1"] and other.labels.tolist() == [0, 1] * 3
+
+
+def test_several_labels_need_all_their_names():
+    file = h5(features=X, y=np.eye(3)[Y] > 0)
+    Path("t.csv").write_text("A,B\n" + "1,0\n1,1\n" * 20)
+    two = {"labels": "t.csv", "columns": {"label": "A,B"}}
+    refused("the labels are A, B; name each once", file, classes=["A", "B", "C"], error=BadOption, **two)
+    assert bring(file, classes=["B", "A"], **two).labels[:2].tolist() == [[0, 1], [1, 1]]
+
+
 def test_several_labels_and_one_hot_ones():
     hot = np.eye(3)[Y]
     view = bring(h5(features=X, labels=hot), task="multiclass", classes=["a", "b", "c"])

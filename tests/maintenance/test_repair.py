@@ -88,7 +88,7 @@ def test_a_flipped_bit_in_a_row_is_that_rows_and_one_row_is_computed(home: Path,
     flip(shard(home), place_of(home, 3) + 17)
     (damage,) = verify(home / "cache").damages
     assert damage.path == shard(home) and damage.rows == ((ids[3], "tokens"),)
-    assert "does not match the hash in its first line; 1 of the 10 rows that views name are wrong" in str(damage)
+    assert "does not match the hash in its first line; 1 of the 10 rows that views name is wrong" in str(damage)
     (done,) = repair(home / "cache")
     assert (done.computed, done.kept, done.replaced, done.left) == (1, N - 1, (shard(home),), ())
     assert whole(home, undisturbed)

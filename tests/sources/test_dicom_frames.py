@@ -255,7 +255,7 @@ def test_without_a_page_the_first_is_taken_and_a_look_says_how_many_there_are(tm
     stack(tmp_path / "a.tif", THREE)
     data = open_source(tmp_path)
     assert data.ids == ["a.tif"] and int(decode(data.read(0))[0, 0, 0]) == 0
-    assert any("stacks of up to 3 pages" in note and "--page all" in note for note in describe_dataset(data).notes)
+    assert any("is a TIFF stack of 3 pages" in note and "--page all" in note for note in describe_dataset(data).notes)
 
 
 def test_a_page_that_is_none_and_a_page_of_no_files_are_refused(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 import stat
 from pathlib import Path
@@ -18,6 +19,7 @@ from featurecache.extraction import plan, scan
 from featurecache.sources import Dataset, open_source, pseudonyms, reopen
 from featurecache.sources.pseudonyms import Secret, load_secret, pseudonymise, secret_of
 from featurecache.store.view import View
+from featurecache.store.write_view import find_view
 
 NAMES = ["Meier", "Garcia", "Nguyen", "Ørsted"]
 
@@ -158,8 +160,12 @@ def test_the_command_hashes_and_its_lines_show_the_files(tmp_path: Path, table: 
 def test_a_view_with_names_is_not_replaced_by_one_without(tmp_path: Path, table: Path, vit: str) -> None:
     options = {"backbone": vit, "outputs": "cls", "cache": tmp_path / "c"}
     featurecache.extract(table, **options)
-    with pytest.raises(BadOption, match=r"was made without --hash-ids: with it no image.*--name.*featurecache rm "):
+    with pytest.raises(
+        BadOption, match=r"was made without --hash-ids: with it no image.*--name.*: featurecache rm \S+ --cache"
+    ) as refused:
         featurecache.extract(table, **options, hash_ids=True)
+    view, _, cache = shlex.split(str(refused.value))[-3:]
+    assert find_view(view, cache).parent.parent == options["cache"]
     hashed = featurecache.extract(table, **options, hash_ids=True, name="hashed")
     assert hashed.computed == 0
     with pytest.raises(BadOption, match="was made with --hash-ids: without it"):

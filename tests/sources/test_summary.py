@@ -44,6 +44,33 @@ def test_the_table_of_several_labels_counts_positives_and_unknowns(tmp_path):
     assert describe_dataset(data, ["d", "d", "e"]).duplicates.two_labels == 0
 
 
+def test_groups_that_stand_in_two_splits_are_counted_and_images_without_one_are_none(tmp_path):
+    cells = "".join(f"{k},{k % 2},{split},{group}\n" for k, (split, group) in enumerate(GROUPED))
+    data = open_source(listed(tmp_path, f"path,label,split,group\n{cells}"))
+    assert describe_dataset(data).groups_across == {"train+val": 0, "train+test": 1, "val+test": 2}
+    assert describe_dataset(open_source(listed(tmp_path, "path,label\n0,a\n1,b\n"))).groups_across == {}
+
+
+GROUPED = [
+    ("train", "p1"), ("train", "p1"), ("train", ""), ("val", "p2"), ("val", "p3"), ("val", ""), ("test", "p1"),
+    ("test", "p2"), ("test", "p3"), ("test", ""), ("train", "p4"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("stacks", "said"),
+    [
+        ([3, 1], "1 of 2 images looked at is a TIFF stack of 3 pages: the first"),
+        ([3], "1 of 1 image looked at is a TIFF stack of 3 pages: the first"),
+        ([3, 2], "2 of 2 images looked at are TIFF stacks of up to 3 pages: the first"),
+    ],
+)
+def test_one_stack_and_several_are_said_so(tmp_path, stacks, said):
+    looks = [ImageHeader(8, 8, "grey", pages=pages) for pages in stacks]
+    notes = summary.notes_of(open_source(pictures(tmp_path, "1.png")), looks)
+    assert any(note.startswith(said) for note in notes), notes
+
+
 @pytest.mark.parametrize(
     ("digests", "copies"),
     [([None, None, "ab"], 0), (np.array([b"", b"", b"ab"], "S32"), 0), (np.array([b"", b"ab", b"ab"], "S32"), 1)],

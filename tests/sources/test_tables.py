@@ -20,6 +20,7 @@ from featurecache.sources import open_source
 from featurecache.sources.summary import describe_dataset
 from featurecache.sources.tables import read_annotations
 from featurecache.sources.vocabulary import is_missing, spelling_key
+from heads.evaluation.subgroups import cell_text
 
 
 def test_csv_with_splits_groups_and_further_columns(tmp_path):
@@ -182,6 +183,17 @@ def test_further_columns_are_numbers_where_all_are_and_codes_keep_their_zeros(tm
     )  # fmt: skip
     assert (data.meta["count"].tolist(), data.meta["count"].dtype) == ([1, 2], np.int64)
     assert "among note, code, count, mixed, empty: --column label=NAME" in data.notes[0]
+
+
+def test_ids_that_a_number_would_shorten_or_merge_stay_text(tmp_path):
+    """A float keeps 53 bits; 1_0 is a number to Python alone."""
+    rows = "a,9007199254740993,12345678901234567890,1_0,1000001\nb,,12345678901234567891,10,\n"
+    data = open_source(listed(tmp_path, "path,scan,long,code,site\n" + rows))
+    assert (data.meta["scan"], data.meta["code"]) == (["9007199254740993", ""], ["1_0", "10"])
+    assert data.meta["long"] == ["12345678901234567890", "12345678901234567891"]
+    assert [cell_text(value) for value in data.meta["site"]] == ["1000001", ""]
+    data = open_source(listed(tmp_path, "path,scan\na,9007199254740993\nb,-9223372036854775808\n"))
+    assert data.meta["scan"] == ["9007199254740993", "-9223372036854775808"]  # whose absolute value no int64 has
 
 
 @pytest.mark.parametrize(

@@ -65,6 +65,24 @@ def test_a_boolean_mask_and_rows_that_are_not_there(view):
     assert len(view.tensor("cls", np.array(view.splits) == "train")) == 3
     with pytest.raises(IndexError, match="rows 0 to 8"):
         view.tensor("cls", [9])
+    assert len(view.array("cls", [])) == 0 and len(view.array("cls", range(2))) == 2
+
+
+@pytest.mark.parametrize(
+    ("rows", "error", "words"),
+    [
+        (np.array([False, True, False]), IndexError, "a mask of .* has 9 booleans, one a row; got 3"),
+        (np.arange(12) == 8, IndexError, "got 12"),
+        ([1.9], TypeError, r"whole numbers or a mask of booleans; got float64 \[1\]"),
+        (["1"], TypeError, "got <U1"),
+        ([[1], [2]], TypeError, r"got int64 \[2, 1\]"),
+        (1, TypeError, r"got int64 \[\]"),
+    ],
+)
+def test_rows_that_numpy_would_refuse_are_refused(view, rows, error, words):
+    for read in (view.array, view.tensor):
+        with pytest.raises(error, match=words):
+            read("cls", rows)
 
 
 def test_derived_outputs_need_only_tokens(tmp_path):

@@ -15,8 +15,11 @@ from support.fake_view import label_view, toy_view
 import featurecache.images.decoding
 import featurecache.sources
 from featurecache.errors import SourceError
-from heads.api import train_head
+from heads.api import ablate, train_head
 from heads.evaluation import controls
+from heads.evaluation.comparison import compare
+from heads.evaluation.families import shown_controls
+from heads.reports.text import comparison_table
 from heads.settings import Settings
 from heads.splits import choose_splits
 from heads.task import task_of
@@ -123,6 +126,42 @@ def test_large_images_are_made_small_with_antialiasing():
 
 
 @pytest.mark.integration
+def test_the_controls_shown_are_those_of_the_most_training_images_and_say_what_they_are_not_of():
+    def names(*runs):
+        (first, *_), table = compare(list(runs), resamples=20).record["controls"], comparison_table(runs)
+        assert f"{first['name']}  " in table
+        return first["name"], first["val"]
+
+    view, same = toy_view(n=300, noise=4.0), {"epochs": 1, "report": False}
+    few, whole = (train_head(view, "linear", fraction=f, controls=True, **same) for f in (0.1, 1.0))
+    other, bare = (train_head(view, "ridge", split_seed=seed, controls=False, report=False) for seed in (1, 0))
+    assert names(few, whole) == names(whole, few) == ("chance", whole.metrics["controls"][0]["val"])
+    assert names(few, bare)[0] == f"chance (trained on {few.config['splits']['images']['train']} of 210 images)"
+    assert shown_controls([whole, other], [other])[0]["name"] == "chance (on other test images)"
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"folds": 3}, " (on fold 1 of 3)"),
+        ({"repeats": 2}, " (on split seed 0 alone)"),
+        ({"repeats": 2, "folds": 3}, " (on fold 1 of 3, on split seed 0 alone)"),
+        ({"seeds": 2}, ""),
+    ],
+)
+def test_controls_of_one_of_several_test_sets_say_of_which(options, words):
+    sweep = ablate(toy_view(n=150, noise=4.0), "linear", out="s", epochs=1, controls=True, **options)
+    assert compare(sweep.families, resamples=20).record["controls"][1]["name"] == f"majority class{words}"
+
+
+def test_controls_of_a_sweep_are_of_the_largest_part_of_train_in_whatever_order_it_grew():
+    words = {"epochs": 1, "controls": True}
+    ablate(view := toy_view(n=300, noise=4.0), "linear", out="grown", fractions="0.1", **words)
+    swept = [ablate(view, "linear", out=out, fractions="0.1,1", **words) for out in ("grown", "whole")]
+    grown, whole = (compare(sweep.families, resamples=20).record["controls"] for sweep in swept)
+    assert str(grown) == str(whole) and "trained on" not in grown[0]["name"]
+
+
 def test_the_controls_are_in_the_measures_of_a_run(pictured, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     view, *_ = pictured(toy_view(n=300, noise=2, untrained=True))

@@ -14,6 +14,8 @@ from support.fake_view import label_view, toy_view
 from support.runs import reseal, train_head
 
 from featurecache.errors import BadOption, CannotWrite, NotInCache, RunError
+from heads.api import report
+from heads.evaluation import external
 from heads.evaluation.comparison import compare
 from heads.evaluation.external import evaluate_run, external_images, read_external
 from heads.evaluation.families import families_of
@@ -86,6 +88,9 @@ def test_a_class_under_another_name_is_one_clear_sentence_and_can_be_named():
         evaluate_run(run, view)
     found = evaluate_run(run, view, classes=["kind 1=Kind 1"], resamples=50)
     assert found["classes"][1] == {"class": "kind 1", "in_view": ["Kind 1"], "n": 100}
+    view = elsewhere(3, names=["kind 0", "mass, benign", "mass"])
+    found = evaluate_run(run, view, classes=['kind 1="mass, benign",mass'], resamples=50)
+    assert found["classes"][1]["in_view"] == ["mass, benign", "mass"]
 
 
 def test_a_class_that_is_not_there_is_said_and_its_measures_are_undefined():
@@ -133,6 +138,42 @@ def test_features_of_another_backbone_are_refused_with_the_fields_that_differ():
         evaluate_run(train(), there)
 
 
+@pytest.mark.parametrize("own", [make_spec(), make_spec(image_size=(0, 0), precision="unknown")])
+def test_imported_features_are_those_of_no_head_but_their_own(own):
+    view, there = toy_view(n=300, splits="given"), elsewhere()
+    other = make_spec(image_size=(0, 0), precision="unknown", weights={"features_blake2b": "b"})
+    view.spec, view.fingerprint = own.to_dict(), own.fingerprint
+    there.spec, there.fingerprint = other.to_dict(), other.fingerprint
+    with pytest.raises(BadOption, match="Imported features belong to no known backbone, so") as refusal:
+        evaluate_run(train_head(view, "linear", epochs=1), there)
+    assert "differ in" not in str(refusal.value)
+
+
+def test_runs_and_views_are_named_by_path_and_the_newest_view_is_taken_when_none_is_named(monkeypatch):
+    run, named = train(), []
+    monkeypatch.setattr(external, "open_view", lambda name: named.append(name) or elsewhere())
+    assert evaluate_run(run.path, "vit-toy/there", resamples=50)["view"] == "vit-toy/there"
+    assert evaluate_run(str(run.path), None, resamples=50)["run"] == str(run.path)
+    assert named == ["vit-toy/there", None]
+
+
+@pytest.mark.parametrize(
+    ("resamples", "says"), [(0, "resamples is 0; it must be at least 1"), (0.5, "must be a whole number")]
+)
+def test_a_bootstrap_of_no_resamples_is_refused(resamples, says):
+    run = train()
+    for measured in (lambda: evaluate_run(run, elsewhere(), resamples=resamples),
+                     lambda: report(run, resamples=resamples)):  # fmt: skip
+        with pytest.raises(BadOption, match=says):
+            measured()
+
+
+def test_a_report_takes_runs_as_it_takes_their_folders():
+    run = train()
+    written = report(run, resamples=50, images=False)
+    assert written == report([run], resamples=50, images=False) == report(run.path, resamples=50, images=False)
+
+
 def test_an_output_the_view_does_not_hold_is_named_with_the_command_that_stores_it():
     view = elsewhere()
     del view.features["cls"]
@@ -163,15 +204,15 @@ def test_a_split_alone_unlabelled_images_and_a_view_without_any():
 def test_images_the_head_was_trained_on_are_said():
     run = train()
     again = toy_view(n=300, splits="given", noise=2.0, name="again", label="vit-toy/again", path=Path("again.h5"))
-    found = evaluate_run(run, again, resamples=50)  # val alone can be looked up: the view of training is gone
-    assert any("what it was trained on is gone" in words for words in found["warnings"])
-    again.path = run.path / "x.h5"
-    reseal(run.path, lambda config: config["view"].update(path=str((run.path / "x.h5").resolve())))
     used = len(run.answers("val").ids) + run.config["splits"]["images"]["train"]
-    found = evaluate_run(load_run(run.path), again, resamples=50)
+    found = evaluate_run(run, again, resamples=50)  # the view of training is gone
     assert f"{used} of 300 images were also used to train or choose this head" in found["warnings"][-1]
-    fine = evaluate_run(load_run(run.path), again, split="test", resamples=50)
-    assert fine["warnings"] == []
+    assert evaluate_run(run, again, split="test", resamples=50)["warnings"] == []
+    replaced = elsewhere(n=300)  # other images under the name, path and ids of those
+    replaced.name, replaced.label, replaced.path = "toy", "vit-toy/toy", Path(run.config["view"]["path"])
+    replaced.ids = again.ids
+    assert evaluate_run(run, replaced, resamples=50)["warnings"] == []
+    assert run.is_of_images_in(again) and not run.is_of_images_in(replaced)
 
 
 def test_labels_beside_each_other_are_matched_by_name_too():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -151,6 +152,20 @@ def test_the_mean_training_token_is_of_train_alone(planted):
     assert mean[0].numpy() == pytest.approx(train[:, 0].mean(0), abs=1e-5)
     assert mean[1].numpy() == pytest.approx(train[:, 1:].mean((0, 1)), abs=1e-5) and (mean[1:] == mean[1]).all()
     assert "all 110 training images" in words
+
+
+def test_a_view_of_other_images_under_the_same_name_is_not_the_one_a_run_was_trained_on(planted, tmp_path):
+    folder, _, runs, *_ = planted
+    kept = (folder / "cache").rename(tmp_path / "kept")
+    try:
+        others, labels, _ = squares(180, 1)
+        save_squares(tmp_path / "squares.npz", others, labels, {"train": slice(110), "val": slice(110, 180)})
+        untrained_view(tmp_path / "squares.npz", folder / "cache")
+        assert SourceImages().view(runs["large"]) is None
+    finally:
+        shutil.rmtree(folder / "cache")
+        kept.rename(folder / "cache")
+    assert SourceImages().view(runs["large"]) is not None
 
 
 def test_the_command_shows_a_line_for_each_map(planted, tmp_path):

@@ -301,6 +301,15 @@ def test_a_sweep_is_reported_in_its_own_folder(tmp_path, monkeypatch):
     assert len([row for row in cells(text, "Every head that was trained") if row]) == 8
 
 
+def test_a_page_lists_every_command_that_made_its_sweep_in_order(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for head, lr in (("linear", 1e-3), ("mlp", 1e-2), ("linear", 1e-3)):
+        ablate(toy_view(n=150, noise=4.0), head, lr=lr, epochs=1, out="swept", controls=False)
+    text = read(heads.report("swept", resamples=20))
+    made = [text.find(f"ablate --heads {head} ") for head in ("linear", "mlp")]
+    assert 0 < made[0] < made[1] < text.find("featurecache report swept") and text.count("featurecache ablate") == 2
+
+
 def test_sixty_families_are_one_table_of_which_three_are_shown_in_full(tmp_path):
     families = families_of([train(toy_view(n=120, noise=4.0), tmp_path / "run")]) * 60
     record = compare(families[:1], resamples=20).record

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 from functools import partial
+from pathlib import Path
 
 import pytest
 from support.fake_view import toy_view
@@ -17,7 +18,7 @@ train = partial(train_head, head="linear", epochs=2, controls=False, report=Fals
 
 
 def test_the_command_that_trained_a_head_is_on_the_page_and_quoted(tmp_path):
-    view = toy_view(label="vit toy/my $(view)")
+    view = toy_view(label="vit toy/my $(view)", path=Path("cache/vit toy/my $(view).h5"))
     words = shlex.split(train_command(train(view, out=tmp_path / "run", lr=3e-4, balance=False, weight_decay=1e-4)))
     assert words[:2] == ["featurecache", "train-head"]
     assert words[words.index("--features") + 1] == "vit toy/my $(view)"

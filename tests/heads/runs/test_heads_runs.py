@@ -15,15 +15,18 @@ import sklearn.metrics as sk
 import torch
 from PIL import Image
 from safetensors.torch import load_file
+from support.builders import make_view
 from support.fake_view import label_view, toy_view
 
-from featurecache.errors import BadOption, CannotWrite, InUse, RunError
+from featurecache.errors import BadOption, CannotWrite, InUse, NotInCache, RunError
+from featurecache.files.mirror import place_of
+from featurecache.store.write_view import open_view
 from heads import api
 from heads.api import train_head
 from heads.evaluation.comparison import compare
 from heads.reports import listing
 from heads.reports import text as tables
-from heads.runs.run import list_runs, load_run
+from heads.runs.run import list_runs, load_run, view_word
 from heads.runs.write import claim_run
 
 FILES = {
@@ -57,6 +60,22 @@ def test_a_run_read_again_is_the_run(kind):
     assert (again.config, again.metrics, again.history) == (run.config, run.metrics, run.history)
     features = view.tensor(run.output)
     np.testing.assert_array_equal(again.logits(features), run.logits(features))
+
+
+def test_a_command_names_the_very_view_whatever_others_are_made_or_removed(tmp_path, monkeypatch):
+    view = make_view(tmp_path / "cache", range(6), name="d1")
+    label = view.label
+    other = make_view(tmp_path / "cache", range(6), name="d1", spec={"image_size": (9, 9)})
+    word = view_word(label, place_of(view.path))
+    assert (label, word) == ("tiny/d1", f"{view.store.name}/d1") and open_view(word).path.samefile(view.path)
+    view.path.unlink()
+    with pytest.raises(NotInCache, match="there is no view"):
+        open_view(word)
+    elsewhere = make_view(tmp_path / "c", range(6), name="d1")
+    assert open_view(view_word(other.label, place_of(other.path))).path.samefile(other.path)
+    assert open_view(view_word(elsewhere.label, place_of(elsewhere.path))).path.samefile(elsewhere.path)
+    monkeypatch.chdir(tmp_path / "c")
+    assert open_view(view_word("tiny/d1", elsewhere.path.relative_to(Path.cwd()))).path.samefile(elsewhere.path)
 
 
 def test_a_run_gives_its_tables_as_frames_and_its_splits_as_masks():

@@ -17,7 +17,7 @@ from support.small_sets import listed
 from featurecache import open_view
 from featurecache.errors import BadOption, CannotWrite, RunError, StepFailed, Stopped
 from heads import api
-from heads.reports.provenance import origins, sweep_command, train_command
+from heads.reports.provenance import origins, sweep_commands, train_command
 from heads.runs.folder import write_record
 from heads.studies import runner
 from heads.studies.page import format_published, grey_reasons
@@ -231,7 +231,7 @@ def test_the_page_claims_no_weights_of_images_and_its_commands_find_the_features
     assert not {"weights", "backbone"} & set(pixels) and pixels["networks"] == "cnn-cifar"
     words = shlex.split(train_command(heads))
     assert open_view(words[words.index("--features") + 1]).label == "vit-demo/set"
-    assert str(heads.config["view"]["path"]) in sweep_command(done.folder / "runs" / "heads")
+    assert str(heads.config["view"]["path"]) in sweep_commands(done.folder / "runs" / "heads")[0]
     assert network.config["cost"]["bytes_per_image"] is None
 
 

@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from featurecache.errors import BadOption
-from heads.sweeps.grid import Range, choices, numbers, search_range
+from featurecache.files.records import canonical_json
+from heads.sweeps.grid import Range, SweepSpec, choices, numbers, search_range
 from heads.sweeps.plan import _values_text
 
 
@@ -64,3 +65,18 @@ def test_names_are_a_list_and_a_misspelt_one_is_shown_its_neighbour():
         choices("schedule", "cosin", ("constant", "cosine"))
     with pytest.raises(BadOption, match="--outputs is empty"):
         choices("outputs", " , ")
+
+
+def test_numbers_and_lists_of_numpy_are_those_of_python():
+    counts = dict.fromkeys(("seeds", "repeats", "folds"), np.int64(2))
+    grid = {"lr": np.array([0.001, 0.01]), "epochs": np.int64(3), "dropout": np.float32(0.5), "patience": np.int64(4)}
+    given = SweepSpec.of("mlp", **counts, **grid, fractions=np.array([0.5, 1.0]))
+    own = {"lr": [0.001, 0.01], "epochs": 3, "dropout": 0.5, "patience": 4, "fractions": [0.5, 1.0]}
+    assert given == SweepSpec.of("mlp", **dict.fromkeys(counts, 2), **own)
+    assert canonical_json(given.to_dict())
+
+
+@pytest.mark.parametrize("seeds", [1.5, "2", True])
+def test_a_count_that_is_no_whole_number_is_refused(seeds):
+    with pytest.raises(BadOption, match=r"--seeds is .*; it must be a whole number"):
+        SweepSpec.of("mlp", seeds=seeds)

@@ -16,11 +16,12 @@ from support.command import call
 from support.fake_view import label_view
 from support.sweeps import division, sweep, view_of
 
-from featurecache.errors import BadOption, NotInCache, ProtocolError
-from heads.api import families_in, report, train_head
+from featurecache.errors import BadOption, NotInCache, ProtocolError, RunError
+from heads.api import ablate, families_in, report, train_head
 from heads.evaluation.families import names_of
 from heads.settings import Settings
 from heads.splits import splits_csv
+from heads.sweeps.folder import load_sweep
 from heads.training.job import prepare_training
 from heads.training.train import run_contents, train_together
 
@@ -125,7 +126,17 @@ def test_settings_with_fewer_seeds_are_no_candidates():
     lines = []
     sweep(view_of(), lr="1e-4..1e-1:4")
     (family,) = sweep(view_of(), lr="1e-4", seeds=3, say=lines.append).families
-    assert lr_of(family) == 1e-4 and "3 settings with fewer draws or seeds are not compared" in lines[-1]
+    assert lr_of(family) == 1e-4 and "3 settings with other draws or seeds are not compared" in lines[-1]
+
+
+def test_settings_on_as_many_other_draws_are_not_compared():
+    lines = []
+    sweep(view_of(), lr="1e-1", repeats=2)
+    for lr, again in (("1e-5", {"seeds": 2}), ("1e-2", {"repeats": 2})):
+        (family,) = sweep(view_of(), lr=lr, say=lines.append, **again).families
+        draws = {(run.config["sweep"]["repeat"], run.config["settings"]["seed"]) for run in family.runs}
+        assert draws == ({(0, 0), (0, 1)} if "seeds" in again else {(0, 0), (1, 0)})
+        assert "; 1 setting with other draws or seeds is not compared" in lines[-1]
 
 
 def test_one_of_a_thing_is_no_plural():
@@ -135,7 +146,7 @@ def test_one_of_a_thing_is_no_plural():
     assert [line for line in lines if "1 head in 1 group" in line] and "; 1 is there already" in "".join(lines)
     sweep(view_of(), lr="1e-2", say=lines.append)
     sweep(view_of(), lr="1e-4,1e-3", seeds=2, say=lines.append)
-    assert "1 setting with fewer draws or seeds is not compared" in lines[-1]
+    assert "1 setting with other draws or seeds is not compared" in lines[-1]
 
 
 def test_a_dry_run_says_the_plan_and_writes_nothing():
@@ -182,8 +193,10 @@ def test_a_head_that_does_not_stay_finite_is_a_row_that_says_so_and_no_candidate
     failed = [row for row in result.rows if row["failed"]]
     assert {row["settings"]["lr"] for row in failed} == {1e30} and all(row["val"] is None for row in failed)
     assert lr_of(result.families[0]) == 1e-3
-    with pytest.raises(ProtocolError, match=r"No setting of any head worked.*rows\.jsonl says why"):
+    with pytest.raises(ProtocolError, match=r"cls mlp: no setting of it worked on .*\. none/rows\.jsonl has a line"):
         sweep(view, "mlp", "none", lr="1e30")
+    with pytest.raises(RunError, match=r"No head of the sweep none is chosen: .*: no setting of it worked"):
+        families_in("none")
 
 
 def test_multilabel_sweeps_over_folds_and_fractions():
@@ -197,13 +210,26 @@ def test_untrained_views_bring_the_controls_once():
         assert have == ([True, False] if family.fraction == 1 else [False, False])
 
 
+def test_controls_join_a_sweep_that_was_made_without_them():
+    (family,) = sweep(view_of(), controls=False).families
+    before = (family.runs[0].path / "metrics.csv").read_text()
+    sweep(view_of(), "linear,ridge", controls=True)
+    (run, *_), (other, *_) = (family.runs for family in load_sweep("s").families)
+    run.check()
+    assert run.metrics["controls"] == other.metrics["controls"]
+    assert run.config["created"] == family.runs[0].config["created"]
+    table = (run.path / "metrics.csv").read_text()
+    assert table.startswith(before) and table[len(before) :] in (other.path / "metrics.csv").read_text()
+    assert table[len(before) :].startswith('"chance","val"') and '"pixels, ' not in before
+
+
 def test_the_record_says_what_was_asked_each_time():
     sweep(view_of())
     sweep(view_of(), lr="1e-3..1e-1:3", seeds=2)
     record = json.loads(Path("s/sweep.json").read_text())
     assert [each["seeds"] for each in record["asked"]] == [1, 2]
     command = "featurecache ablate --heads linear --features vit-toy/toy --lr 0.001,0.01,0.1 "
-    assert record["command"].startswith(command) and " --seeds 2" in record["command"]
+    assert record["commands"][1].startswith(command) and " --seeds 2" in record["commands"][1]
 
 
 @pytest.mark.parametrize(
@@ -259,3 +285,9 @@ def test_the_command_says_what_it_would_do_and_what_it_cannot(run):
     wrong = run("--heads", "linaer")
     assert wrong.exit_code == 2 and "no head is called 'linaer'. Near: linear" in wrong.stderr
     assert run("--heads", "linear", "--lr", "x").exit_code == 2
+
+
+def test_heads_may_come_from_a_generator():
+    lines = []
+    assert ablate(view_of(), (head for head in ("linear", "ridge")), dry_run=True, say=lines.append) is None
+    assert all(any(head in line for line in lines) for head in ("linear", "ridge"))

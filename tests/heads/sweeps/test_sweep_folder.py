@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from support.plant import flip
-from support.sweeps import content, sweep, trained, view_of
+from support.sweeps import content, rows_of, sweep, trained, view_of
 
 from featurecache.errors import InUse, RunError, Stopped
 from featurecache.files.locks import exclusive_lock
@@ -137,6 +137,43 @@ def test_two_heads_of_ones_own_with_one_class_name_are_two_families(here, monkey
     heads = "python:one_of_two_heads:Own,python:other_of_two_heads:Own"
     result = sweep(view_of(), heads, outputs="cls")
     assert [family.head for family in result.families] == heads.split(",") and result.unfinished == {}
+
+
+def test_a_head_whose_code_was_changed_begins_a_sweep_of_its_own(here, monkeypatch):
+    monkeypatch.syspath_prepend(here)
+    code = "from torch import nn\nclass Own(nn.Linear):\n    def __init__(self, shape, classes):\n"
+    (here / "edited_head.py").write_text(f"{code}        super().__init__(shape[0], classes)\n")
+    words = {"heads": "linear,python:edited_head:Own", "outputs": "cls", "epochs": 1}
+    assert ablate(view_of(), **words).path.name == "ablate-toy-1"
+    monkeypatch.setattr("heads.sweeps.folder.code_hash", lambda head: "other" if ":" in head else None)
+    with pytest.raises(RunError, match="with another version of python:edited_head:Own"):
+        ablate(view_of(), out="runs/ablate-toy-1", **words)
+    assert ablate(view_of(), **words).path.name == "ablate-toy-2"
+    assert ablate(view_of(), **words | {"heads": "linear"}).path.name == "ablate-toy-1"
+
+
+def test_another_budget_of_memory_trains_again_and_both_are_one_setting():
+    options = {"lr": "1e-3,1e-1", "seeds": 2}
+    sweep(view_of(), "linear", **options)
+    result = sweep(view_of(), "linear", ram=1e-6, **options)
+    (family,) = result.families
+    assert len(result.rows) == 8 and len(family.tried) == 4 and len(family.runs) == 2 and not result.unfinished
+    assert {run.config["sweep"]["key"] for run in family.runs} <= {row["key"] for row in result.rows[4:]}
+    small = content()[1]
+    for run in family.runs:
+        shutil.rmtree(run.path)
+    sweep(view_of(), "linear", ram=1e-6, **options)
+    assert content()[1] == small
+    assert load_sweep("s").record["ram"] > 1e-3
+
+
+def test_a_head_that_was_lost_is_not_made_of_images_in_another_order():
+    view = view_of(splits="given")
+    (family,) = sweep(view, lr="1e-1").families
+    shutil.rmtree(family.runs[0].path)
+    with pytest.raises(RunError, match="what it was trained on is no longer there as it was"):
+        sweep(rows_of(view, range(149, -1, -1)), lr="1e-9")
+    assert not family.runs[0].path.exists()
 
 
 def test_two_at_once_in_one_folder_are_refused():

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from support.sweeps import division, other_view, rows_of, sweep, view_of
+from support.sweeps import content, division, other_view, rows_of, sweep, view_of
 
 from featurecache.errors import BadOption, ProtocolError, RunError
+from featurecache.images.augmentation import AugmentedCopies, parse_augmentation
 
 SHUFFLED = np.random.default_rng(1).permutation(150)
 
@@ -17,6 +18,23 @@ SHUFFLED = np.random.default_rng(1).permutation(150)
 def test_another_backbone_on_the_same_images_joins_a_sweep():
     sweep(view_of())
     assert [f.view for f in sweep(other_view(view_of())).families] == ["vit-toy/toy", "resnet-toy/toy"]
+
+
+def test_features_extracted_again_under_one_name_are_another_view_and_leave_the_heads_alone():
+    """Cropped otherwise, in another cache, with augmented copies: no family and no folder is shared."""
+    first, copies = view_of(), AugmentedCopies(parse_augmentation("flip"), 1)
+    cropped = replace(other_view(first), label=first.label)
+    copied = replace(first, augmented=copies, versions=np.zeros(150, np.int64))
+    copied.copies = lambda rows: np.stack([rows, rows], axis=1)
+    names = [first.label, f"{first.label} (bbbbbbbb)", f"{first.label} with {copies}"]
+    for count, views in enumerate((first, cropped, copied, [first, cropped]), start=1):
+        before = content()[1] if count > 1 else {}
+        result = sweep(views, lr="1e-3,1e-1")
+        assert [family.view for family in result.families] == names[:count] and not result.unfinished
+        assert before.items() <= content()[1].items() and {len(family.tried) for family in result.families} == {2}
+    prints = [{row["fingerprint"] for row in family.tried} for family in result.families]
+    assert prints == [{first.fingerprint}, {cropped.fingerprint}, {first.fingerprint}]
+    assert [family.view for family in sweep([first, cropped], folder="new").families] == names[:2]
 
 
 def test_views_in_other_orders_that_lack_images_are_divided_alike():

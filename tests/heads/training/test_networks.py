@@ -253,6 +253,11 @@ def test_optuna_searches_for_a_network_and_goes_on(tmp_path):
     assert len(second.rows) == 3
 
 
+def test_a_network_is_evaluated_on_the_images_of_a_view_that_is_named(run, monkeypatch):
+    monkeypatch.setattr("heads.evaluation.external.open_view", lambda name: digits(60))
+    assert evaluate_run(run.path, "vit-demo/digits", resamples=20)["n"] == 60
+
+
 def test_the_images_a_run_was_trained_on_and_columns_of_the_data_are_found_without_decoding(run, monkeypatch):
     other, own, network = pixels_of(run, digits(60)), digits(), run.model
     own.meta["place"] %= 2

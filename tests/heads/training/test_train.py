@@ -13,6 +13,7 @@ from support.runs import train_head
 from torch import nn
 
 from featurecache.errors import BadOption, NotInCache, ProtocolError, Stopped
+from featurecache.store import write_view
 from heads import api
 from heads.models.catalogue import HEADS
 from heads.settings import Settings
@@ -118,6 +119,18 @@ def test_what_is_said_has_the_features_the_splits_and_the_head():
     words = "head       linear: 18 parameters; balanced batches of 32; Adam 0.03 in the eigenbasis, cosine; zscore by "
     assert lines[2].startswith(words)
     assert lines[3].startswith("epochs     1 in 0.0 s; best 1: train loss ")
+
+
+@pytest.mark.parametrize(("options", "scaled"), [({}, "; l2;"), ({"standardize": "zscore"}, "; zscore by train;")])
+def test_only_what_is_fitted_is_said_to_be_by_train(options, scaled):
+    lines = []
+    train_head(toy_view(n=200), "knn", **options, say=lines.append)
+    assert f"solved{scaled}" in lines[2]
+
+
+def test_the_newest_view_is_taken_when_none_is_named(monkeypatch):
+    monkeypatch.setattr(write_view, "open_view", lambda name: toy_view(n=200) if name is None else None)
+    assert train_head(None, "linear", epochs=1).config["view"]["label"] == "vit-toy/toy"
 
 
 def test_balanced_training_is_corrected_to_the_prevalence():
