@@ -79,7 +79,8 @@ def predict_images(
         if say and not records:
             _say_how(run, part, say)
         records += (own := _predict_part(run, part, device, weights))
-        measured += [digest(i.data).encode() for i, record in zip(part, own, strict=True) if _is_measured(record)]
+        if say:
+            measured += [digest(i.data).encode() for i, record in zip(part, own, strict=True) if _is_measured(record)]
     if say:
         failed = sum("error" in record for record in records)
         unread = f"; {failed:,} could not be read" if failed else ""
